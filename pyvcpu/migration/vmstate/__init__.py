@@ -1,0 +1,1 @@
+"""The descriptor layer: what a section of a migration stream consists of."""
