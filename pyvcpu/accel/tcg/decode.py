@@ -20,7 +20,8 @@ class Insn:
     """One decoded instruction and where it stands.
 
     ``iced`` is the iced-x86 object (operands, prefixes), ``code`` its bytes, ``bits`` the code
-    size (16, 32 or 64), ``ip``/``next_ip`` the offsets of it and of its successor within CS.
+    size (16, 32 or 64), ``ip``/``next_ip`` the offsets of it and of its successor within CS (not wrapped to
+    16 bits: beyond FFFF the limit of CS decides, and QEMU starts loaded images there).
     """
 
     __slots__ = ("bits", "code", "iced", "ip", "length", "mnemonic", "next_ip")
@@ -28,7 +29,7 @@ class Insn:
     def __init__(self, iced: Instruction, code: bytes, bits: int) -> None:
         self.iced, self.code, self.bits = iced, code, bits
         self.ip, self.length, self.mnemonic = iced.ip, iced.len, iced.mnemonic
-        self.next_ip = (iced.ip + iced.len) & ((1 << bits) - 1)
+        self.next_ip = (iced.ip + iced.len) & (0xFFFFFFFFFFFFFFFF if bits == 64 else 0xFFFFFFFF)
 
     @property
     def name(self) -> str:
