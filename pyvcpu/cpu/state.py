@@ -108,8 +108,9 @@ class CpuState(ctypes.Structure):
         self.xstate_bv = 3
         self.pat = 0x0007040600070406
         self.misc_enable = 1
-        self.poll_control_msr = 1
-        self.mcg_cap, self.mcg_ctl = 0x010A, (1 << 64) - 1
+        # QEMU's qemu64 under TCG: no polling MSR; 10 MCE banks, CTL_P, SER_P.
+        self.poll_control_msr = 0
+        self.mcg_cap, self.mcg_ctl = 0x0100010A, (1 << 64) - 1
         for bank in range(10):
             self.mce_banks[4 * bank] = (1 << 64) - 1
 

@@ -41,34 +41,52 @@ SUBSECTIONS = "subsections"
 class SaveContext:
     """What a save hook may want to know besides its object.
 
-    ``profile`` says what the other end understands (:mod:`pyvcpu.migration.wire.profile`), ``now`` is the
-    virtual time of the stop (ns), ``clock`` the machine's clock, ``runstate`` what globalstate says.
+    ``profile`` says what the other end understands (:mod:`pyvcpu.migration.wire.profile`), ``clock`` is
+    the machine's clock, paused; ``runstate`` is what globalstate will say.
     """
 
-    profile: Any = None
+    profile: Any = "pyvcpu"
     machine: str = ""
     clock: Any = None
-    now: int = 0
     runstate: str = "running"
+
+    @property
+    def peer(self) -> str:
+        """The profile's name: "pyvcpu", "qemu-7.2-tcg", ... (a profile may be given as its name)."""
+        return str(getattr(self.profile, "name", self.profile))
+
+    @property
+    def to_pyvcpu(self) -> bool:
+        return self.peer == "pyvcpu"
+
+    @property
+    def to_kvm(self) -> bool:
+        return self.peer.endswith("-kvm")
 
 
 @dataclass
 class LoadContext:
     """What a load hook may want to know besides its object.
 
-    ``sections`` holds the values of every section of the stream by "name/instance": a few
-    meanings depend on another section (the TSC of a TCG stream lies in ``timer``).
+    ``clock`` is the machine's, paused. ``sections`` holds the values of every section of the stream by
+    "name/instance": a few meanings depend on another section (the TSC of a TCG stream lies in
+    ``timer``). ``icount_shift`` is QEMU's ``-icount shift=``, which its streams do not carry.
     """
 
-    profile: Any = None
     machine: str = ""
     clock: Any = None
+    icount_shift: int | None = None
     sections: Mapping[str, Values] = field(default_factory=dict)
 
 
 def short_name(subsection: str) -> str:
     """A subsection's name in field paths: "cpu/xss" is "xss"."""
     return subsection.rpartition("/")[2]
+
+
+def refuse(field_path: str, message: str, expected: object, got: object) -> MigrationError:
+    """The error of a check hook; the caller raises it. Section and offset are added on the way out."""
+    return MigrationError(message, field=field_path, expected=expected, got=got)
 
 
 PreSave = Callable[[Any, SaveContext], Values]
