@@ -6,6 +6,7 @@ MMIO regions are looked up. Later mappings hide earlier ones, MMIO hides RAM.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from pyvcpu.errors import ConfigurationError
@@ -32,7 +33,7 @@ class MmioRegion(NamedTuple):
 
 class _RamRange(NamedTuple):
     first: int  # guest physical page
-    count: int
+    npages: int
     offset: int  # byte offset in RAM of the first page
     readonly: bool
 
@@ -48,6 +49,7 @@ class Bus:
         self._pages: dict[int, int] = {}  # guest page -> RAM offset, or -1; a cache of _find
         self._readonly: set[int] = set()
         self._ports: dict[int, tuple[int, Device]] = {}
+        self._listeners: list[Callable[[], None]] = []
 
     # -- the map ------------------------------------------------------------------------------
 
@@ -57,7 +59,7 @@ class Bus:
             raise ConfigurationError(f"cannot map {size:#x} bytes of {block.name} at {gpa:#x}")
         offset = block.offset + block_offset
         self._ranges.insert(0, _RamRange(gpa >> PAGE_SHIFT, size >> PAGE_SHIFT, offset, readonly))
-        self._forget()
+        self._map_changed()
 
     def map_mmio(self, base: int, size: int, device: Device, name: str) -> None:
         """Let ``device`` answer for ``size`` bytes at ``base`` (multiples of a page)."""
@@ -73,16 +75,28 @@ class Bus:
 
     def map_io(self, port: int, count: int, device: Device, name: str) -> None:
         """Let ``device`` answer for ``count`` ports from ``port`` on."""
+        if count < 1 or not 0 <= port <= port + count - 1 <= 0xFFFF:
+            raise ConfigurationError(f"{name}: there are no ports {port:#x} to {port + count - 1:#x}")
         for at in range(port, port + count):
             if at in self._ports:
-                raise ConfigurationError(f"port {at:#x} of {name} is taken")
+                raise ConfigurationError(f"{name}: port {at:#x} is taken")
+        for at in range(port, port + count):
             self._ports[at] = (port, device)
 
     def _mmio_changed(self) -> None:
         self._mmio_pages = {
             page for r in self._mmio for page in range(r.base >> PAGE_SHIFT, (r.base + r.size) >> PAGE_SHIFT)
         }
+        self._map_changed()
+
+    def add_map_listener(self, listener: Callable[[], None]) -> None:
+        """``listener()`` is called when addresses change their meaning: translations to RAM must be dropped."""
+        self._listeners.append(listener)
+
+    def _map_changed(self) -> None:
         self._forget()
+        for listener in self._listeners:
+            listener()
 
     def _forget(self) -> None:
         self._pages.clear()
@@ -107,7 +121,7 @@ class Bus:
         if gpa_page in self._mmio_pages:
             return -1
         for r in self._ranges:
-            if r.first <= gpa_page < r.first + r.count:
+            if r.first <= gpa_page < r.first + r.npages:
                 if r.readonly:
                     self._readonly.add(gpa_page)
                 return r.offset + ((gpa_page - r.first) << PAGE_SHIFT)
@@ -151,25 +165,24 @@ class Bus:
     # -- ports --------------------------------------------------------------------------------
 
     def io_read(self, port: int, size: int) -> int:
-        """Read a port; what nobody answers for reads as all ones. A wide access to byte ports is split."""
-        found = self._ports.get(port)
-        if found is None:
-            return (1 << 8 * size) - 1 if size == 1 else self._split_read(port, size)
-        base, device = found
-        return device.read(port - base, size) & (1 << 8 * size) - 1
+        """Read a port; what nobody answers for reads as all ones.
 
-    def _split_read(self, port: int, size: int) -> int:
-        if not any(port + i in self._ports for i in range(size)):
-            return (1 << 8 * size) - 1
-        return sum(self.io_read((port + i) & 0xFFFF, 1) << (8 * i) for i in range(size))
+        The device of the first port gets the whole access; where there is none, each byte is looked up.
+        """
+        found = self._ports.get(port)
+        if found is not None:
+            base, device = found
+            return device.read(port - base, size) & (1 << 8 * size) - 1
+        if size == 1:
+            return 0xFF
+        return sum(self.io_read(port + i & 0xFFFF, 1) << 8 * i for i in range(size))
 
     def io_write(self, port: int, size: int, value: int) -> None:
-        """Write a port; what nobody answers for is ignored."""
+        """Write a port, by the same rule as :meth:`io_read`; what nobody answers for is ignored."""
         found = self._ports.get(port)
         if found is not None:
             base, device = found
             device.write(port - base, size, value)
-            return
-        for i in range(size if size > 1 else 0):
-            if port + i in self._ports:
-                self.io_write(port + i, 1, value >> 8 * i & 0xFF)
+        elif size > 1:
+            for i in range(size):
+                self.io_write(port + i & 0xFFFF, 1, value >> 8 * i & 0xFF)
