@@ -29,6 +29,10 @@ class UnsupportedInstruction(PyvcpuError):
         super().__init__(f"unsupported instruction {code.hex(' ')} ({mnemonic}) in {mode} mode at RIP {rip:#x}{tail}")
 
 
+class UnsupportedOperation(PyvcpuError):
+    """The guest asked a device for something that is not there yet (an SMI, an INIT); it is never guessed."""
+
+
 class MigrationError(PyvcpuError):
     """A stream, or the other end, is not what it should be.
 

@@ -1,10 +1,12 @@
 """The local APIC's timer: one-shot and periodic, on the machine's virtual clock (SDM 3A 10.5.4).
 
-    frequency   1 GHz / 2^count_shift: one count is 2^count_shift ns, as in QEMU
-    one-shot    fires (initial + 1) counts after the load
-    periodic    fires at every multiple of (initial + 1) counts after the load: it never drifts
+    load_time                                                due
+    |   N   |  N-1  |  N-2  |   ...   |   1   |   0   |       interrupt; periodic: N again
+     a tick is 2**count_shift ns: 1 GHz, divided by 1 to 128
 
-Everything follows from ``initial_count_load_time``; ``timer_expiry`` is -1 while nothing is due.
+One load counts N, N - 1, ... 0 and is due N + 1 ticks after it, as in QEMU. Nothing is counted step by step:
+all follows from ``initial_count_load_time``, and a periodic timer is due at multiples of its period after
+it, so it never drifts. ``timer_expiry`` is -1 while nothing is due.
 """
 
 from __future__ import annotations
@@ -32,6 +34,16 @@ class ApicTimer:
         self._apic, self._clock = apic, clock
         self._timer = clock.timer(self._fired, "apic")
 
+    # -- registers ----------------------------------------------------------------------------
+
+    def current_count(self) -> int:
+        """The current-count register. A masked timer counts too; one whose initial count is 0 is stopped."""
+        apic = self._apic
+        elapsed = max(0, self._clock.now() - apic.initial_count_load_time) >> apic.count_shift
+        if apic.lvt[0] & LVT_PERIODIC:
+            return apic.initial_count - elapsed % (apic.initial_count + 1)
+        return max(0, apic.initial_count - elapsed)
+
     def load(self, initial: int) -> None:
         """A write of the initial-count register: the count starts anew."""
         apic = self._apic
@@ -39,27 +51,51 @@ class ApicTimer:
         apic.initial_count_load_time = self._clock.now()
         self.update(apic.initial_count_load_time)
 
-    def current_count(self) -> int:
-        """The current-count register."""
+    def set_divider(self, divide_conf: int) -> None:
+        """A write of the divide configuration register: the count goes on from where it is at the new pace."""
+        count = self.current_count()
+        self._apic.divide_conf = divide_conf
+        self._apic.count_shift = count_shift(divide_conf)
+        self._go_on_from(count)
+
+    def set_entry(self, entry: int) -> None:
+        """A write of the timer's LVT entry. In another mode the count goes on from where it is, too."""
         apic = self._apic
-        elapsed = (self._clock.now() - apic.initial_count_load_time) >> apic.count_shift
-        if apic.lvt[0] & LVT_PERIODIC:
-            return apic.initial_count - elapsed % (apic.initial_count + 1)
-        return max(0, apic.initial_count - elapsed)
+        count = self.current_count()
+        mode_changed = (apic.lvt[0] ^ entry) & LVT_PERIODIC
+        apic.lvt[0] = entry
+        if mode_changed:
+            self._go_on_from(count)
+        else:
+            self.update(self._clock.now())
+
+    def _go_on_from(self, count: int) -> None:
+        """Let the register show ``count`` now, whatever mode and pace are now."""
+        apic, now = self._apic, self._clock.now()
+        if apic.initial_count:
+            # A one-shot that is over must stay so: its last tick, which shows 0 as well, has passed.
+            over = count == 0 and apic.timer_expiry < 0
+            gone = apic.initial_count - count + over
+            apic.initial_count_load_time = now - (gone << apic.count_shift)
+        self.update(now)
+
+    # -- when it is due -----------------------------------------------------------------------
 
     def update(self, now: int) -> None:
-        """Work out when the timer fires next, seen from virtual time ``now``, and arm it."""
+        """Work out when the timer fires next, seen from virtual time ``now``, and arm it.
+
+        Periods that passed unserved are one interrupt, not many: an IRR bit cannot count.
+        """
         apic = self._apic
         apic.timer_expiry = -1
-        if not apic.lvt[0] & LVT_MASKED:
-            elapsed = (now - apic.initial_count_load_time) >> apic.count_shift
-            period = apic.initial_count + 1
+        if apic.initial_count and not apic.lvt[0] & LVT_MASKED:
+            load, period = apic.initial_count_load_time, (apic.initial_count + 1) << apic.count_shift
             if apic.lvt[0] & LVT_PERIODIC:
-                counts = (elapsed // period + 1) * period if apic.initial_count else 0
-            else:
-                counts = period if elapsed < apic.initial_count else 0
-            if counts:
-                apic.next_time = apic.timer_expiry = apic.initial_count_load_time + (counts << apic.count_shift)
+                apic.timer_expiry = load + ((now - load) // period + 1) * period
+            elif now < load + period:
+                apic.timer_expiry = load + period
+            if apic.timer_expiry >= 0:
+                apic.next_time = apic.timer_expiry
         self.rearm()
 
     def rearm(self) -> None:
@@ -72,5 +108,7 @@ class ApicTimer:
     def _fired(self) -> None:
         apic = self._apic
         apic.local_interrupt(0)
-        # Periods that passed unserved (a paused guest on the host clock) are one interrupt, not many.
-        self.update(max(apic.next_time, self._clock.now()))
+        if apic.lvt[0] & LVT_PERIODIC:
+            self.update(max(apic.next_time, self._clock.now()))
+        else:
+            apic.timer_expiry = -1

@@ -6,6 +6,8 @@
     | initial_count_load_time next_time timer_expiry i64 (ns of virtual time; expiry -1 = off)
     | apic_sipi: sipi_vector wait_for_sipi i32        (only while it waits for a start-up IPI)
 
+``esr`` holds what the register shows; between two pyvcpus bits 8 to 15 are the errors that its next write will show.
+
 The current count follows from the load time, the interrupt from the expiry; neither follows from
 the other, so both travel. A stream of KVM has no expiry of its own: QEMU sends a full period from
 the stop.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pyvcpu.apic.timer import count_shift
 from pyvcpu.migration.vmstate.description import Description, LoadContext, SaveContext, refuse
 from pyvcpu.migration.vmstate.fields import I32, I64, U8, U32, Array, Integer, Values
 
@@ -26,8 +29,8 @@ if TYPE_CHECKING:
 
 _BASE_BSP, _BASE_X2APIC, _BASE_ENABLE = 1 << 8, 1 << 10, 1 << 11
 
-# Bits that a register can have, SDM 3A 11.5 to 11.9 (timer, thermal, perf, LINT0, LINT1, error).
-_LVT_BITS = (0x710FF, 0x117FF, 0x117FF, 0x1F7FF, 0x1F7FF, 0x110FF)
+# Bits that an LVT entry can have (SDM 3A figure 10-8); bit 18 of the timer's, TSC-deadline mode, is not there.
+_LVT_BITS = (0x310FF, 0x117FF, 0x117FF, 0x1F7FF, 0x1F7FF, 0x110FF)
 _LVT_NAMES = ("timer", "thermal", "performance counter", "LINT0", "LINT1", "error")
 
 _FIELDS: tuple[Integer | Array, ...] = (
@@ -53,17 +56,14 @@ _FIELDS: tuple[Integer | Array, ...] = (
 )
 
 
-def shift_of(divide_conf: int) -> int:
-    """log2 of the divider that the divide configuration register selects (SDM 3A figure 11-10)."""
-    return (((divide_conf & 3) | ((divide_conf >> 1) & 4)) + 1) & 7
-
-
 def _save(apic: LocalApic, ctx: SaveContext) -> Values:
     if apic.apicbase & _BASE_X2APIC and ctx.peer.endswith("-tcg"):
         raise refuse("apicbase", f"{ctx.peer} has no x2APIC", apic.apicbase & ~_BASE_X2APIC, apic.apicbase)
     values: Values = {}
     for field in _FIELDS:
         field.get(apic, values, ctx)
+    # QEMU has one register of errors, visible at once; we have two, and a peer of ours gets both.
+    values["esr"] |= apic.esr_pending << 8 if ctx.to_pyvcpu else apic.esr_pending
     return values
 
 
@@ -79,15 +79,15 @@ def _check(values: Values, ctx: LoadContext) -> None:
     _limit(values, "apicbase", 0xFFFFF000 | _BASE_BSP | _BASE_ENABLE)
     _limit(values, "spurious_vec", 0x13FF)
     _limit(values, "dest_mode", 0xF)
-    _limit(values, "esr", 0xFF)
+    _limit(values, "esr", 0xE0FF)
     _limit(values, "divide_conf", 0xB)
     # A divider that the guest has never written: QEMU's TCG leaves the shift 0 although 0 selects 2.
     if values["count_shift"] != (
-        shift_of(values["divide_conf"]) if values["divide_conf"] else values["count_shift"] & 1
+        count_shift(values["divide_conf"]) if values["divide_conf"] else values["count_shift"] & 1
     ):
         raise refuse(
             "count_shift", "the timer's shift is not that of its divider",
-            shift_of(values["divide_conf"]), values["count_shift"],
+            count_shift(values["divide_conf"]), values["count_shift"],
         )  # fmt: skip
     for index, bits in enumerate(_LVT_BITS):
         if values["lvt"][index] & ~bits:
@@ -110,6 +110,7 @@ def _check(values: Values, ctx: LoadContext) -> None:
 def _load(apic: LocalApic, values: Values, ctx: LoadContext) -> None:
     for field in _FIELDS:
         field.set(apic, values, ctx)
+    apic.esr, apic.esr_pending = apic.esr & 0xFF, apic.esr >> 8
     if not apic.initial_count:
         # Such a timer is stopped. QEMU never resets the APIC of "none", so that it says "due at 0".
         apic.timer_expiry = -1
