@@ -580,8 +580,12 @@ class CpuCommon:
 
 
 def _save_common(common: CpuCommon, ctx: SaveContext) -> Values:
-    """TCG delivers a vector that waits in IRR only if HARD is set; HARD without a vector kills the guest."""
-    request = INTERRUPT_HARD if any(common.apic.irr) else 0
+    """TCG delivers a vector that waits in IRR only if HARD is set.
+
+    HARD with a vector that TPR or one in service holds back makes it deliver a spurious one, HARD with none at
+    all kills the guest: so it is set for what can be delivered now.
+    """
+    request = INTERRUPT_HARD if common.apic.pending_vector() >= 0 else 0
     if common.cpu.nmi_pending:
         request |= INTERRUPT_NMI
     return {"halted": 1 if common.cpu.mp_state == MP_HALTED else 0, "interrupt_request": request}
