@@ -118,6 +118,8 @@ class TcgEngine(Accelerator):
                 budget = min(budget, clock.next_deadline() - clock.now())
                 if budget <= 0:  # a device armed a timer for now
                     continue
+            if state.rflags & flags.RF:  # it lasts for one instruction; without breakpoints nothing else depends on it
+                state.rflags &= ~flags.RF
             if state.interrupt_shadow or state.rflags & flags.TF:
                 self._single()
             else:
@@ -283,15 +285,14 @@ class TcgEngine(Accelerator):
         helper = HELPERS.get(insn.mnemonic)
         if helper is None:
             raise UnsupportedInstruction(insn.code, insn.name, self.mode_name, insn.ip)
-        self.budget, self.iterations = budget, 1
+        self.budget, self.iterations = budget, 0
         try:
             next_ip = helper(self, insn)
         except GuestException as exception:
-            # A REP that faulted after some iterations has said how many; anything else completed none.
-            clock.instructions += self.iterations if insn.iced.has_rep_prefix or insn.iced.has_repne_prefix else 0
+            clock.instructions += self.iterations  # of a REP; anything else has completed none
             deliver_exception(self, exception)
             return
-        clock.instructions += self.iterations
+        clock.instructions += self.iterations or 1
         state.rip = insn.next_ip if next_ip is None else next_ip
 
     def _single(self) -> None:
