@@ -12,25 +12,25 @@ The current count follows from the load time, the interrupt from the expiry; nei
 the other, so both travel. A stream of KVM has no expiry of its own: QEMU sends a full period from
 the stop.
 
+ESR is two registers, of which QEMU has one: towards another pyvcpu the second one is in bits 8 to 15 of
+``esr``, towards QEMU both are one.
+
 ``count_shift`` and the bits of ``apicbase`` are used as shift count and index after a load (the class of
 CVE-2017-16845), so nothing is taken unchecked.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from pyvcpu.apic.local import LVT_BITS, LocalApic
 from pyvcpu.apic.timer import count_shift
 from pyvcpu.migration.vmstate.description import Description, LoadContext, SaveContext, refuse
 from pyvcpu.migration.vmstate.fields import I32, I64, U8, U32, Array, Integer, Values
 
-if TYPE_CHECKING:
-    from pyvcpu.apic.local import LocalApic
-
 _BASE_BSP, _BASE_X2APIC, _BASE_ENABLE = 1 << 8, 1 << 10, 1 << 11
 
-# Bits that an LVT entry can have (SDM 3A figure 10-8); bit 18 of the timer's, TSC-deadline mode, is not there.
-_LVT_BITS = (0x310FF, 0x117FF, 0x117FF, 0x1F7FF, 0x1F7FF, 0x110FF)
+ESR_PENDING_SHIFT = 8
+"""Errors that a write of ESR has yet to make visible; QEMU has no such register and shows them at once."""
+
 _LVT_NAMES = ("timer", "thermal", "performance counter", "LINT0", "LINT1", "error")
 
 _FIELDS: tuple[Integer | Array, ...] = (
@@ -89,7 +89,7 @@ def _check(values: Values, ctx: LoadContext) -> None:
             "count_shift", "the timer's shift is not that of its divider",
             count_shift(values["divide_conf"]), values["count_shift"],
         )  # fmt: skip
-    for index, bits in enumerate(_LVT_BITS):
+    for index, bits in enumerate(LVT_BITS):
         if values["lvt"][index] & ~bits:
             raise refuse(
                 f"lvt[{index}]", f"the LVT entry {_LVT_NAMES[index]} has bits that do not exist",

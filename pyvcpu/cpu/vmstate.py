@@ -173,12 +173,47 @@ _PLAIN = {
     "has_error_code": "exception_has_error_code",
     **{
         name: name
-        for name in (
-            "regs sysenter_cs sysenter_esp sysenter_eip cr0 cr2 cr3 cr4 dr a20_mask mxcsr efer star lstar cstar fmask "
-            "kernelgsbase smbase pat vm_hsave vm_vmcb v_tpr mtrr_fixed mtrr_deftype interrupt_injected mp_state "
-            "exception_nr soft_interrupt nmi_injected nmi_pending sipi_vector mcg_cap mcg_status mcg_ctl mce_banks "
-            "tsc_aux system_time_msr wall_clock_msr xcr0"
-        ).split()
+        for name in [
+            "regs",
+            "sysenter_cs",
+            "sysenter_esp",
+            "sysenter_eip",
+            "cr0",
+            "cr2",
+            "cr3",
+            "cr4",
+            "dr",
+            "a20_mask",
+            "mxcsr",
+            "efer",
+            "star",
+            "lstar",
+            "cstar",
+            "fmask",
+            "kernelgsbase",
+            "smbase",
+            "pat",
+            "vm_hsave",
+            "vm_vmcb",
+            "v_tpr",
+            "mtrr_fixed",
+            "mtrr_deftype",
+            "interrupt_injected",
+            "mp_state",
+            "exception_nr",
+            "soft_interrupt",
+            "nmi_injected",
+            "nmi_pending",
+            "sipi_vector",
+            "mcg_cap",
+            "mcg_status",
+            "mcg_ctl",
+            "mce_banks",
+            "tsc_aux",
+            "system_time_msr",
+            "wall_clock_msr",
+            "xcr0",
+        ]
     },
 }
 

@@ -107,7 +107,7 @@ _ICOUNT = Description(
     1,
     [I64("qemu_icount_bias"), I64("qemu_icount")],
     # QEMU without -icount dies of it.
-    needed=lambda timers, ctx: ctx.to_pyvcpu or ctx.peer.endswith("-icount"),
+    needed=lambda timers, ctx: ctx.takes_icount,
     pre_save=lambda timers, ctx: {
         "qemu_icount_bias": timers.clock.now() - timers.clock.instructions,
         "qemu_icount": timers.clock.instructions,
@@ -205,7 +205,18 @@ _GUEST_ROM = Description(
     1,
     [
         Unused(8),
-        *(U32(name) for name in "vaddr fixup_start fixup_end vapic_vaddr vapic_size vcpu_shift real_tpr_addr".split()),
+        *(
+            U32(name)
+            for name in [
+                "vaddr",
+                "fixup_start",
+                "fixup_end",
+                "vapic_vaddr",
+                "vapic_size",
+                "vcpu_shift",
+                "real_tpr_addr",
+            ]
+        ),
         Struct("up", _HANDLERS),
         Struct("mp", _HANDLERS),
     ],
@@ -217,11 +228,11 @@ def _no_handlers() -> Values:
 
 
 def _save_tpr_opt(obj: object, ctx: SaveContext) -> Values:
-    rom: Values = {
-        name: 0 for name in "vaddr fixup_start fixup_end vapic_vaddr vapic_size vcpu_shift real_tpr_addr".split()
-    }
+    rom: Values = dict.fromkeys(
+        ["vaddr", "fixup_start", "fixup_end", "vapic_vaddr", "vapic_size", "vcpu_shift", "real_tpr_addr"], 0
+    )
     values: Values = {"rom_state": {**rom, "up": _no_handlers(), "mp": _no_handlers()}}
-    return values | dict.fromkeys("state real_tpr_addr rom_state_vaddr vapic_paddr rom_state_paddr".split(), 0)
+    return values | dict.fromkeys(["state", "real_tpr_addr", "rom_state_vaddr", "vapic_paddr", "rom_state_paddr"], 0)
 
 
 def _check_tpr_opt(values: Values, ctx: LoadContext) -> None:
@@ -234,7 +245,7 @@ KVM_TPR_OPT = Description(
     1,
     [
         Struct("rom_state", _GUEST_ROM),
-        *(U32(name) for name in "state real_tpr_addr rom_state_vaddr vapic_paddr rom_state_paddr".split()),
+        *(U32(name) for name in ["state", "real_tpr_addr", "rom_state_vaddr", "vapic_paddr", "rom_state_paddr"]),
     ],
     pre_save=_save_tpr_opt,
     check=_check_tpr_opt,

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 from pyvcpu.errors import MigrationError
 
 
-class NeedMore(Exception):  # noqa: N818 - a signal to the incremental reader, not an error
-    """At least ``missing`` more bytes are needed to go on. Never leaves the wire reader."""
+class NeedMore(Exception):
+    """At least ``missing`` more bytes are needed to go on: a signal to the incremental reader, which never lets it out."""
 
     def __init__(self, missing: int) -> None:
         self.missing = missing

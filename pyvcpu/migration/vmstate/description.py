@@ -60,6 +60,11 @@ class SaveContext:
         return self.peer == "pyvcpu"
 
     @property
+    def takes_icount(self) -> bool:
+        """True if ``timer/icount`` with its nested subsection is understood."""
+        return bool(getattr(self.profile, "icount_timer", self.to_pyvcpu))
+
+    @property
     def to_kvm(self) -> bool:
         return self.peer.endswith("-kvm")
 
@@ -128,8 +133,8 @@ class Description:
         self.pre_save, self.post_save, self.pre_load, self.post_load = pre_save, post_save, pre_load, post_load
         self.check_hook, self.needed, self.absent = check, needed, absent
         self.loads_after = tuple(loads_after)
-        self._keys = {key for f in self.fields for key in f.keys()} | {SUBSECTIONS}
-        if len(self._keys) != sum(len(f.keys()) for f in self.fields) + 1:
+        self._keys = {key for f in self.fields for key in f.value_keys()} | {SUBSECTIONS}
+        if len(self._keys) != sum(len(f.value_keys()) for f in self.fields) + 1:
             raise ValueError(f"{name}: two fields share a name")
 
     def __repr__(self) -> str:
@@ -377,9 +382,9 @@ class Struct(Field):
         else:
             values[self.name] = own
 
-    def keys(self) -> tuple[str, ...]:
+    def value_keys(self) -> tuple[str, ...]:
         if self.flat:
-            return tuple(key for f in self.description.fields for key in f.keys())
+            return tuple(key for f in self.description.fields for key in f.value_keys())
         return (self.name,)
 
     def describe(self, values: Values | None) -> list[Vmdesc]:
@@ -436,7 +441,7 @@ class Struct(Field):
 
     def _own(self, values: Values) -> Values:
         """The values that are ours among those of the structure around us."""
-        return {key: values[key] for key in self.keys() if key in values}
+        return {key: values[key] for key in self.value_keys() if key in values}
 
 
 @dataclass

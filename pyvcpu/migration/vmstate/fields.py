@@ -77,7 +77,7 @@ class Field:
         """The stream is older than the field: it gets its default."""
         values[self.name] = self.default
 
-    def keys(self) -> tuple[str, ...]:
+    def value_keys(self) -> tuple[str, ...]:
         """The keys of ``values`` that are this field's."""
         return (self.name,)
 
@@ -359,10 +359,10 @@ class Array(Field):
     def _describe_element(self, items: Any, index: int, extra: Vmdesc) -> list[Vmdesc]:
         """The element's own entry, with ``extra`` after the name as QEMU has it."""
         values = None if items is None else {self.element.name: items[index]}
-        described = []
-        for entry in self.element.describe(values):
-            described.append({"name": entry["name"], **extra, **{k: v for k, v in entry.items() if k != "name"}})
-        return described
+        return [
+            {"name": entry["name"], **extra, **{k: v for k, v in entry.items() if k != "name"}}
+            for entry in self.element.describe(values)
+        ]
 
     def size(self, values: Values | None) -> int:
         return self.count_in(values) * self.element.size(None)
