@@ -156,7 +156,14 @@ _FIELDS: tuple[Field, ...] = (
     Array(_env_struct("ymmh_regs", _YMMH_REG, "xmm_regs[1]"), 16, since=12, default=_zero_vectors()),
 )
 
-# Values whose field in CpuState has another name; the others have the same.
+# Scalars and arrays whose field in CpuState has the same name; below, those that have another.
+_SAME = (
+    "regs", "sysenter_cs", "sysenter_esp", "sysenter_eip", "cr0", "cr2", "cr3", "cr4", "dr", "a20_mask", "mxcsr",
+    "efer", "star", "lstar", "cstar", "fmask", "kernelgsbase", "smbase", "pat", "vm_hsave", "vm_vmcb", "v_tpr",
+    "mtrr_fixed", "mtrr_deftype", "interrupt_injected", "mp_state", "exception_nr", "soft_interrupt",
+    "nmi_injected", "nmi_pending", "sipi_vector", "mcg_cap", "mcg_status", "mcg_ctl", "mce_banks", "tsc_aux",
+    "system_time_msr", "wall_clock_msr", "xcr0",
+)  # fmt: skip
 _PLAIN = {
     "eip": "rip",
     "eflags": "rflags",
@@ -171,50 +178,7 @@ _PLAIN = {
     "intercept_dr_write": "svm_dr_write",
     "intercept_exceptions": "svm_exceptions",
     "has_error_code": "exception_has_error_code",
-    **{
-        name: name
-        for name in [
-            "regs",
-            "sysenter_cs",
-            "sysenter_esp",
-            "sysenter_eip",
-            "cr0",
-            "cr2",
-            "cr3",
-            "cr4",
-            "dr",
-            "a20_mask",
-            "mxcsr",
-            "efer",
-            "star",
-            "lstar",
-            "cstar",
-            "fmask",
-            "kernelgsbase",
-            "smbase",
-            "pat",
-            "vm_hsave",
-            "vm_vmcb",
-            "v_tpr",
-            "mtrr_fixed",
-            "mtrr_deftype",
-            "interrupt_injected",
-            "mp_state",
-            "exception_nr",
-            "soft_interrupt",
-            "nmi_injected",
-            "nmi_pending",
-            "sipi_vector",
-            "mcg_cap",
-            "mcg_status",
-            "mcg_ctl",
-            "mce_banks",
-            "tsc_aux",
-            "system_time_msr",
-            "wall_clock_msr",
-            "xcr0",
-        ]
-    },
+    **{name: name for name in _SAME},
 }
 
 _SEGMENT_PATHS = (*(f"segs[{i}]" for i in range(6)), "ldt", "tr")

@@ -197,6 +197,9 @@ GLOBALSTATE = Description(
 
 # -- kvm-tpr-opt
 
+_ROM_WORDS = ("vaddr", "fixup_start", "fixup_end", "vapic_vaddr", "vapic_size", "vcpu_shift", "real_tpr_addr")
+_STATE_WORDS = ("state", "real_tpr_addr", "rom_state_vaddr", "vapic_paddr", "rom_state_paddr")
+
 _HANDLERS = Description(
     "kvmvapic-handlers", 1, [U32("set_tpr"), U32("set_tpr_eax"), Array(U32("get_tpr"), 8), U32("get_tpr_stack")]
 )
@@ -232,7 +235,7 @@ def _save_tpr_opt(obj: object, ctx: SaveContext) -> Values:
         ["vaddr", "fixup_start", "fixup_end", "vapic_vaddr", "vapic_size", "vcpu_shift", "real_tpr_addr"], 0
     )
     values: Values = {"rom_state": {**rom, "up": _no_handlers(), "mp": _no_handlers()}}
-    return values | dict.fromkeys(["state", "real_tpr_addr", "rom_state_vaddr", "vapic_paddr", "rom_state_paddr"], 0)
+    return values | dict.fromkeys(_STATE_WORDS, 0)
 
 
 def _check_tpr_opt(values: Values, ctx: LoadContext) -> None:
@@ -245,7 +248,7 @@ KVM_TPR_OPT = Description(
     1,
     [
         Struct("rom_state", _GUEST_ROM),
-        *(U32(name) for name in ["state", "real_tpr_addr", "rom_state_vaddr", "vapic_paddr", "rom_state_paddr"]),
+        *(U32(name) for name in _STATE_WORDS),
     ],
     pre_save=_save_tpr_opt,
     check=_check_tpr_opt,

@@ -21,7 +21,7 @@ from pyvcpu.errors import MigrationError
 
 
 class NeedMore(Exception):
-    """At least ``missing`` more bytes are needed to go on: a signal to the incremental reader, which never lets it out."""
+    """At least ``missing`` more bytes are needed; the incremental reader never lets this out."""
 
     def __init__(self, missing: int) -> None:
         self.missing = missing
