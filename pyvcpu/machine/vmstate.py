@@ -4,7 +4,8 @@
                  timer/icount: qemu_icount_bias i64 | qemu_icount i64
                    timer/icount/warp_timer: vm_clock_warp_start i64 | icount_warp_timer i64
                    timer/icount/timers, timer/icount/shift: only read
-    globalstate  size u32 (strlen + 1) | runstate char[100]
+    globalstate  size u32 (strlen + 1) | runstate char[32] | has_vm_was_suspended vm_was_suspended u8 | 66 unused
+                 (QEMU 7.2: runstate char[100], padded with zeros: the same bytes)
     kvm-tpr-opt  144 bytes, all 0 unless QEMU has patched a 32-bit Windows guest
 
 With V the virtual time and T the guest's TSC at the stop:
@@ -26,7 +27,7 @@ from typing import Any
 
 from pyvcpu.cpu.vmstate import from_kvm, guest_tsc
 from pyvcpu.migration.vmstate.description import SUBSECTIONS, Description, LoadContext, SaveContext, Struct, refuse
-from pyvcpu.migration.vmstate.fields import I16, I64, U32, Array, Buffer, Timer, Unused, Values
+from pyvcpu.migration.vmstate.fields import I16, I64, U8, U32, Array, Buffer, Timer, Unused, Values
 
 _MASK64 = (1 << 64) - 1
 
@@ -156,7 +157,7 @@ RUNSTATES = (
 )  # fmt: skip
 """QEMU's run states; a destination goes on only in "running"."""
 
-RUNSTATE_SIZE = 100
+RUNSTATE_SIZE = 32
 
 
 @dataclass
@@ -168,16 +169,26 @@ class GlobalState:
 
 def _save_globalstate(state: GlobalState, ctx: SaveContext) -> Values:
     name = ctx.runstate.encode("ascii")
-    return {"size": len(name) + 1, "runstate": name.ljust(RUNSTATE_SIZE, b"\0")}
+    return {
+        "size": len(name) + 1,
+        "runstate": name.ljust(RUNSTATE_SIZE, b"\0"),
+        "has_vm_was_suspended": 0,  # the next field says nothing
+        "vm_was_suspended": 0,
+        "unused": bytes(66),
+    }
 
 
 def _check_globalstate(values: Values, ctx: LoadContext) -> None:
-    # What follows the zero byte means nothing: QEMU 10 leaves there what lay on its stack.
-    name, zero, _ = values["runstate"].partition(b"\0")
+    name, zero, rest = values["runstate"].partition(b"\0")
     if not zero or name.decode("latin-1") not in RUNSTATES:
         raise refuse("runstate", "there is no such run state", " ".join(RUNSTATES), name)
+    if any(rest):
+        raise refuse("runstate", "bytes follow the run state", "zeros", rest)
     if values["size"] != len(name) + 1:
         raise refuse("size", "the size is not that of the run state", len(name) + 1, values["size"])
+    for flag in ("has_vm_was_suspended", "vm_was_suspended"):
+        if values[flag] > 1:
+            raise refuse(flag, "a flag is neither 0 nor 1", "0 or 1", values[flag])
 
 
 def _load_globalstate(state: GlobalState, values: Values, ctx: LoadContext) -> None:
@@ -187,7 +198,13 @@ def _load_globalstate(state: GlobalState, values: Values, ctx: LoadContext) -> N
 GLOBALSTATE = Description(
     "globalstate",
     1,
-    [U32("size"), Buffer("runstate", RUNSTATE_SIZE)],
+    [
+        U32("size"),
+        Buffer("runstate", RUNSTATE_SIZE),
+        U8("has_vm_was_suspended"),
+        U8("vm_was_suspended"),
+        Buffer("unused", 66),
+    ],
     pre_save=_save_globalstate,
     check=_check_globalstate,
     post_load=_load_globalstate,
