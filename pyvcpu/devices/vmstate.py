@@ -10,8 +10,8 @@
     | fifo_timeout_timer: i64  | timeout_ipending: i32 | poll: poll_msl i32, modem_status_poll i64
 
 A ring buffer's ``head`` and ``num`` are indexes, checked before use. Our transmitter is always
-empty: bytes that were still on their way at the source go out when the section is loaded. The timers belong
-to the receive-timeout and modem-status interrupts, which a polled port does not raise.
+empty: bytes that were still on their way at the source go out when the section is loaded. Our receive
+timeout passes at once, so ``timeout_ipending`` follows from the FIFO, and no timer ever runs.
 """
 
 from __future__ import annotations
@@ -169,8 +169,8 @@ _STATE = Description(
             "serial/timeout_ipending",
             1,
             [I32("timeout_ipending")],
-            needed=_never,
-            pre_save=lambda serial, ctx: {"timeout_ipending": 0},
+            needed=lambda serial, ctx: bool(serial.timeout_ipending),
+            pre_save=lambda serial, ctx: {"timeout_ipending": serial.timeout_ipending},
             post_load=_ignore,
         ),
         Description(

@@ -3,6 +3,8 @@
     4 GiB  +--------------------+      1 MiB  +--------------------+
            | bios               |             | last 128 KiB of it |
            +--------------------+ 4G - size   +--------------------+ 1M - min(size, 128K)
+
+Raw images go to any address of RAM, and the vCPU can be started at one of them.
 """
 
 from __future__ import annotations
@@ -21,14 +23,19 @@ _LOW_WINDOW = 128 << 10
 def check_bios(image: bytes) -> None:
     """Raise ConfigurationError unless the size is one that QEMU takes: a multiple of 64 KiB up to 16 MiB."""
     if not image or len(image) % BIOS_UNIT or len(image) > BIOS_MAXIMUM:
-        raise ConfigurationError(f"a BIOS image has a multiple of 64 KiB, up to 16 MiB; this one has {len(image)} bytes")
+        raise ConfigurationError(
+            f"a BIOS image has a multiple of 64 KiB, up to 16 MiB; this one has {len(image)} bytes"
+        )
 
 
 def map_bios(bus: Bus, block: RamBlock) -> None:
-    """Show the block ``pc.bios`` below 4 GiB, and its last 128 KiB below 1 MiB."""
-    bus.map_ram((1 << 32) - block.size, block.size, block, readonly=True)
+    """Show the block ``pc.bios`` below 4 GiB, and its last 128 KiB below 1 MiB.
+
+    As on QEMU's microvm the guest can write to it; a reset brings the image back.
+    """
+    bus.map_ram((1 << 32) - block.size, block.size, block)
     low = min(block.size, _LOW_WINDOW)
-    bus.map_ram((1 << 20) - low, low, block, block.size - low, readonly=True)
+    bus.map_ram((1 << 20) - low, low, block, block.size - low)
 
 
 def write_image(ram: GuestRam, block: RamBlock, image: Image) -> None:
@@ -41,7 +48,7 @@ def write_image(ram: GuestRam, block: RamBlock, image: Image) -> None:
 
 
 def start_at(cpu: CpuState, address: int) -> None:
-    """Let a vCPU in its reset state begin at a physical address below 1 MiB, in real mode.
+    """Let a vCPU in its reset state begin at a physical address below 4 GiB, in real mode.
 
     As with QEMU's ``-device loader,addr=ADDRESS+0x10000,cpu-num=0``: CS keeps its base FFFF0000, and EIP makes the sum
     wrap to the address.
