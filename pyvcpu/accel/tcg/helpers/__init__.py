@@ -36,7 +36,11 @@ def helper(*mnemonics: int) -> Callable[[Helper], Helper]:
 # The modules register themselves, so they come after the registry.
 from pyvcpu.accel.tcg.helpers import (  # noqa: E402, F401
     control,
+    flags,
     io,
     move,
+    msr,
     segment,
+    system,
+    timing,
 )

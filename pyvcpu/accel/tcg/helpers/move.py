@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from iced_x86 import Mnemonic, OpKind
+from iced_x86 import Mnemonic, OpKind, Register
 
 from pyvcpu.accel.tcg.builder import MASK, REGISTERS, SEGMENTS
 from pyvcpu.accel.tcg.helpers import helper
@@ -17,6 +17,8 @@ from pyvcpu.accel.tcg.helpers.operands import (
     stack_pointer,
 )
 from pyvcpu.accel.tcg.helpers.segment import move_segment, pop_segment, push_segment
+from pyvcpu.accel.tcg.helpers.system import move_control, move_debug
+from pyvcpu.cpu.events import UD, GuestException
 from pyvcpu.cpu.layout import SS
 
 if TYPE_CHECKING:
@@ -27,7 +29,16 @@ if TYPE_CHECKING:
 @helper(Mnemonic.MOV)
 def mov(e: TcgEngine, insn: Insn) -> int | None:
     """Segment, control and debug registers."""
-    return move_segment(e, insn)
+    for i in (0, 1):
+        if insn.iced.op_kind(i) == OpKind.REGISTER:
+            register = insn.iced.op_register(i)
+            if Register.CR0 <= register <= Register.CR15:
+                return move_control(e, insn)
+            if Register.DR0 <= register <= Register.DR15:
+                return move_debug(e, insn)
+            if register in SEGMENTS:
+                return move_segment(e, insn)
+    raise GuestException(UD)  # test registers, which went away with the 486
 
 
 @helper(Mnemonic.PUSH)

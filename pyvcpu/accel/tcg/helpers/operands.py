@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pyvcpu.accel.tcg.decode import Insn
     from pyvcpu.accel.tcg.engine import TcgEngine
 
-_SIZES = {
-    value: MemorySizeExt.size(value)
+_SIZES: dict[int, int] = {
+    getattr(MemorySize, name): MemorySizeExt.size(getattr(MemorySize, name))
     for name, value in vars(MemorySize).items()
     if isinstance(value, int) and not name.startswith("_")
 }
