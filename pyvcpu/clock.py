@@ -14,6 +14,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from pyvcpu.errors import ConfigurationError
+
 NEVER = (1 << 63) - 1
 """The deadline of a timer that is not armed, in nanoseconds."""
 
@@ -135,5 +137,9 @@ class HostClock(Clock):
 
 
 def make_clock(name: str) -> IcountClock | HostClock:
-    """``"icount"`` or ``"host"``."""
-    return {"icount": IcountClock, "host": HostClock}[name]()
+    """``"icount"`` or ``"host"``; ConfigurationError for anything else."""
+    if name == "icount":
+        return IcountClock()
+    if name == "host":
+        return HostClock()
+    raise ConfigurationError(f"--clock {name}: there is icount and host")

@@ -24,6 +24,7 @@ class Accelerator(ABC):
     name: str
     state: CpuState
     pace: bool = False
+    """In HLT on the icount clock: wait in real time instead of skipping at once."""
 
     @abstractmethod
     def run(self, limit: int) -> Exit:
@@ -44,6 +45,10 @@ class Accelerator(ABC):
     @abstractmethod
     def load_state(self) -> None:
         """CpuState -> engine: ``state``, or memory, was written from outside."""
+
+    @abstractmethod
+    def flush_tlb(self) -> None:
+        """Guest physical addresses mean something else now (a device moved)."""
 
 
 def make_accelerator(

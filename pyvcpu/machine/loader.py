@@ -42,7 +42,7 @@ def write_image(ram: GuestRam, block: RamBlock, image: Image) -> None:
     """Copy a raw image into main memory; ConfigurationError if it does not fit."""
     if image.address < 0 or image.address + len(image.data) > block.size:
         raise ConfigurationError(
-            f"an image of {len(image.data):#x} bytes at {image.address:#x} does not fit into {block.size:#x} bytes of RAM"
+            f"an image of {len(image.data):#x} bytes at {image.address:#x} goes beyond RAM, which has {block.size:#x}"
         )
     ram.write(block.offset + image.address, image.data)
 

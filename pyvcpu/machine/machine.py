@@ -1,10 +1,15 @@
-"""Machine: a vCPU, its memory, devices and clock, and the thread that runs them.
+"""Machine: a vCPU, its memory, devices and clock, and who runs them.
 
     run(n)             in the caller's thread, up to n instructions
     start() / stop()   in a thread of its own, until stopped or ended
-    at_edge(f)         call f where no instruction is under way: here, or in that thread
+    at_edge(f)         call f where no instruction is under way: in the thread that runs the guest, else here
 
-Run states are QEMU's: prelaunch, running, paused, finish-migrate, postmigrate, inmigrate, shutdown.
+                 start, run             stop, limit, halted
+    prelaunch  ------------->  running  ------------------>  paused  --> running ...
+                                  |  debug-exit, triple fault: shutdown      an error: internal-error
+                                  |  the migration session's: finish-migrate, postmigrate
+
+Run states are QEMU's words. The clock runs exactly while the guest does.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from pyvcpu.clock import make_clock
 from pyvcpu.cpu.state import CpuState
 from pyvcpu.cpu.vmstate import CPU, CPU_COMMON, CpuCommon
 from pyvcpu.devices.debug_exit import DebugExit
+from pyvcpu.devices.serial import Serial16550
 from pyvcpu.errors import ConfigurationError
 from pyvcpu.machine.config import MachineConfig
 from pyvcpu.machine.loader import start_at, write_image
@@ -55,10 +61,15 @@ class Machine:
         self.apic = LocalApic(self.clock)
         self.apic.on_move = self._apic_moved
         self.apic.on_nmi = self._nmi
+        self.serial: Serial16550 | None = None
         self.devices: list[Any] = []
         self.exit_code: int | None = None
+        """Of the process, once the guest has ended itself (isa-debug-exit, or a triple fault with no_reboot)."""
         self.status = "prelaunch"
         self.error: BaseException | None = None
+        self.last_exit: RunExit | None = None
+        self.on_exit: Callable[[RunExit | None], None] = lambda reason: None
+        """Called in the thread that ran the guest, when a run has ended; None for an error."""
         self.global_state = GlobalState()
         if config.debug_exit is not None:
             iobase, iosize = config.debug_exit
@@ -66,16 +77,21 @@ class Machine:
         self.cpu.reset()
         self.engine = make_accelerator(config.accel, self.cpu, self.ram, self.bus, self.apic, self.clock)
         self.engine.pace = config.pace
-        self._lock = threading.Lock()
+        self.bus.add_map_listener(self.engine.flush_tlb)
+        self._mutex = threading.RLock()  # guards who runs the guest, and the list of edge calls
+        self._runner: threading.Thread | None = None
+        self._idle = threading.Event()
+        self._idle.set()
         self._edge_calls: deque[Callable[[], None]] = deque()
         self._stopping = False
-        self._thread: threading.Thread | None = None
-        self.last_exit: RunExit | None = None
 
     # -- state --------------------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Power-up: the vCPU, the devices, and the images of the configuration back in RAM. Time goes on."""
+        """Power-up: the vCPU, the devices, and the images of the configuration back in RAM. Time goes on.
+
+        At a region edge only, when the guest runs.
+        """
         self.cpu.reset()
         self.apic.reset()
         for device in self.devices:
@@ -85,6 +101,9 @@ class Machine:
         if self.config.loader:
             start_at(self.cpu, self.config.loader[0].address)
         self.engine.load_state()
+        self.exit_code = None
+        if self.status == "shutdown":
+            self.status = "prelaunch"
 
     def sections(self) -> list[SectionEntry]:
         """The device sections of this machine, in QEMU's order."""
@@ -119,123 +138,147 @@ class Machine:
         self.exit_code = code
         self.engine.request_exit()
 
-    # -- running in the caller's thread -------------------------------------------------------
+    # -- running ------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """Whether a thread is running the guest: that of :meth:`start`, or of whoever is in :meth:`run`."""
+        return self._runner is not None
 
     def run(self, instructions: int | None = None) -> RunExit:
         """Run up to ``instructions`` (None: without a limit) in this thread, and say why it ended.
 
-        "limit", "debug-exit" and "shutdown" (with ``no_reboot``; ``exit_code`` is set) and "halted", as
-        :data:`RunExit` has them, and "request" after :meth:`request_stop`. Raises UnsupportedInstruction.
+        "limit", "halted", "request" (:meth:`request_stop`), and "debug-exit" and, with ``no_reboot``, "shutdown",
+        which set ``exit_code``; a guest that has ended so stays ended until a reset. Raises what the engine raises,
+        as UnsupportedInstruction, and ConfigurationError if the guest runs already.
         """
-        if self.running:
-            raise ConfigurationError("the machine runs already")
-        self._stopping = False
-        limit = UNLIMITED if instructions is None else self.clock.instructions + instructions
-        return self._run(limit)
-
-    def request_stop(self) -> None:
-        """End :meth:`run` at the next instruction boundary; from any thread."""
-        self._stopping = True
-        self.engine.request_exit()
-
-    def _run(self, limit: int) -> RunExit:
-        self.status = "running"
-        self.clock.resume()
+        limit = self._claim(threading.current_thread(), instructions)
         try:
-            while True:
-                self._serve_edge_calls()
-                if self._stopping:
-                    return "request"
-                reason = self.engine.run(limit)
-                if self.exit_code is not None:
-                    self.status = "shutdown"
-                    return "debug-exit"
-                if reason == "shutdown" and not self.config.no_reboot:
-                    self.reset()
-                elif reason == "shutdown":
-                    self.status = "shutdown"
-                    self.exit_code = 0
-                    return reason
-                elif reason != "request":
-                    return reason
+            return self._run(limit)
         finally:
-            self.clock.pause()
-            if self.status == "running":
-                self.status = "paused"
-
-    # -- running in a thread ------------------------------------------------------------------
-
-    @property
-    def running(self) -> bool:
-        """Whether the vCPU thread is there."""
-        return self._thread is not None
+            self._release()
 
     def start(self, instructions: int | None = None) -> None:
         """Run in a thread, up to ``instructions`` from now; see :meth:`wait` and :meth:`stop`."""
-        with self._lock:
-            if self._thread is not None:
-                raise ConfigurationError("the machine runs already")
-            self._stopping = False
-            limit = UNLIMITED if instructions is None else self.clock.instructions + instructions
-            self.status = "running"
-            self._thread = threading.Thread(target=self._thread_body, args=(limit,), name="vCPU 0", daemon=True)
-            self._thread.start()
+        thread = threading.Thread(target=self._thread_body, name="vCPU 0", daemon=True)
+        self._limit = self._claim(thread, instructions)
+        thread.start()
 
-    def _thread_body(self, limit: int) -> None:
-        try:
-            self.last_exit = self._run(limit)
-        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
-            self.error = error
-            self.last_exit = None
-        with self._lock:  # no edge call may slip in between the last look and the end
-            self._thread = None
-            self._serve_edge_calls()
+    def request_stop(self) -> None:
+        """End the run at the next instruction boundary, without waiting for it; from any thread."""
+        self._stopping = True
+        self.engine.request_exit()
 
     def stop(self) -> None:
-        """Stop the vCPU thread at an instruction boundary; nothing to do if it does not run."""
-        thread = self._thread
-        if thread is not None:
+        """Stop the guest at an instruction boundary, and wait until it stands (in its own thread: do not wait)."""
+        if self._runner is threading.current_thread():
             self.request_stop()
-            thread.join()
-        if self.status == "prelaunch":
+        elif self._runner is not None:
+            self.request_stop()
+            self._idle.wait()
+        elif self.status == "prelaunch":
             self.status = "paused"
 
     def wait(self, timeout: float | None = None) -> RunExit | None:
-        """Wait for the thread to end by itself: why it did, or None at the timeout. Raises what it raised."""
-        thread = self._thread
-        if thread is not None:
-            thread.join(timeout)
-            if thread.is_alive():
-                return None
+        """Wait for the run to end by itself: why it did, or None at the timeout (s). Raises what ended its thread."""
+        if not self._idle.wait(timeout):
+            return None
         if self.error is not None:
             error, self.error = self.error, None
             raise error
         return self.last_exit
 
+    def _claim(self, runner: threading.Thread, instructions: int | None) -> int:
+        """Let ``runner`` be the thread that runs the guest; the instruction count to run to."""
+        with self._mutex:
+            if self._runner is not None:
+                raise ConfigurationError("the machine runs already")
+            self._runner, self._stopping = runner, False
+            self._idle.clear()
+            self.status = "running" if self.exit_code is None else "shutdown"
+            return UNLIMITED if instructions is None else self.clock.instructions + instructions
+
+    def _release(self) -> None:
+        """Nobody runs the guest any more; edge calls that came too late for the run are served first."""
+        while True:
+            self._serve_edge_calls()
+            with self._mutex:
+                if not self._edge_calls:
+                    self._runner = None
+                    self._idle.set()
+                    return
+
+    def _thread_body(self) -> None:
+        try:
+            self._run(self._limit)
+        except BaseException as error:  # for whoever waits
+            self.error = error
+        finally:
+            self._release()
+
+    def _run(self, limit: int) -> RunExit:
+        reason: RunExit | None = None
+        if self.exit_code is not None and self.last_exit is not None:
+            return self.last_exit
+        self.last_exit = None
+        self.clock.resume()
+        try:
+            reason = self.last_exit = self._run_to(limit)
+            return reason
+        finally:
+            self.clock.pause()
+            if self.exit_code is not None:
+                self.status = "shutdown"
+            elif reason is None:
+                self.status = "internal-error"
+            elif self.status == "running":
+                self.status = "paused"
+            self.on_exit(reason)
+
+    def _run_to(self, limit: int) -> RunExit:
+        while True:
+            self._serve_edge_calls()
+            if self._stopping:
+                return "request"
+            reason = self.engine.run(limit)
+            if self.exit_code is not None:
+                return "debug-exit"
+            if reason == "shutdown":
+                if self.config.no_reboot:
+                    self.exit_code = 0
+                    return reason
+                self.reset()
+            elif reason != "request":
+                return reason
+
+    # -- edge calls ---------------------------------------------------------------------------
+
     def at_edge(self, function: Callable[[], T]) -> T:
-        """``function()`` between two instructions: in the vCPU thread while it runs, else here."""
-        if threading.current_thread() is self._thread:
-            return function()
+        """``function()`` between two instructions: in the thread that runs the guest, else here.
+
+        While it runs here the guest cannot start. Raises what ``function`` raises.
+        """
+        outcome: list[T] = []
+        failure: list[BaseException] = []
         done = threading.Event()
-        outcome: list[Any] = [None, None]
 
         def call() -> None:
             try:
-                outcome[0] = function()
-            except BaseException as error:  # noqa: BLE001 - raised again in the caller
-                outcome[1] = error
-            done.set()
+                outcome.append(function())
+            except BaseException as error:  # raised again in the caller's thread
+                failure.append(error)
+            finally:
+                done.set()
 
-        with self._lock:
-            if self._thread is None:
+        with self._mutex:
+            if self._runner is None or self._runner is threading.current_thread():
                 return function()
             self._edge_calls.append(call)
             self.engine.request_exit()
         done.wait()
-        if outcome[1] is not None:
-            raise outcome[1]
-        result: T = outcome[0]
-        return result
+        if failure:
+            raise failure[0]
+        return outcome[0]
 
     def _serve_edge_calls(self) -> None:
         while self._edge_calls:

@@ -31,13 +31,16 @@ class MicroVm(Machine):
             blocks.append(("pc.bios", len(config.bios)))
         super().__init__(config, blocks)
         if config.bios is not None:
-            firmware = self.ram.block("pc.bios")
-            self.ram.write(firmware.offset, config.bios)
-            map_bios(self.bus, firmware)
+            map_bios(self.bus, self.ram.block("pc.bios"))
         self.serial = Serial16550(config.serial)
         self.bus.map_io(PORT, 8, self.serial, "serial")
         self.devices.append(self.serial)
         self.reset()
+
+    def reset(self) -> None:
+        if self.config.bios is not None:
+            self.ram.write(self.ram.block("pc.bios").offset, self.config.bios)
+        super().reset()
 
     def device_sections(self) -> list[SectionEntry]:
         return [SectionEntry(SERIAL, 0, self.serial)]
