@@ -33,7 +33,7 @@ class TestBlocks:
             GuestRam(blocks)
 
     def test_unknown_name(self, ram: GuestRam) -> None:
-        with pytest.raises(ConfigurationError, match="vga.vram"):
+        with pytest.raises(ConfigurationError, match=r"vga\.vram"):
             ram.block("vga.vram")
 
     def test_more_than_the_host_has_is_an_error_of_ours(self) -> None:
@@ -81,8 +81,8 @@ class TestDirtyLog:
         ram.start_dirty_log()
         ram.harvest_dirty()
         expected = set()
-        for offset, length, write in accesses:
-            length = min(length, ram.size - offset)
+        for offset, wanted, write in accesses:
+            length = min(wanted, ram.size - offset)
             ram.acquire(offset, length, write)
             if write and length:
                 expected |= set(range(offset // PAGE_SIZE, (offset + length - 1) // PAGE_SIZE + 1))
