@@ -1,4 +1,7 @@
-"""``-M none``: a vCPU, its local APIC and RAM, nothing else, as QEMU's machine of that name."""
+"""``-M none``: a vCPU, its local APIC and RAM, nothing else, as QEMU's machine of that name.
+
+It takes isa-debug-exit, for which QEMU's has no bus: else a guest could end here only by a triple fault.
+"""
 
 from __future__ import annotations
 
