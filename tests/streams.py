@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ def stream(name: str) -> bytes:
     return lzma.decompress((GOLDEN / f"{name}.mig.xz").read_bytes())
 
 
-@lru_cache(maxsize=None)
+@cache
 def section(name: str, section_name: str, instance_id: int = 0) -> Section | None:
     """A section of a golden stream: from its header to the footer with its id; None if it has none."""
     data = stream(name)
@@ -45,7 +45,7 @@ def section(name: str, section_name: str, instance_id: int = 0) -> Section | Non
     return Section(start, data[start:end], version_id)
 
 
-@lru_cache(maxsize=None)
+@cache
 def devices(name: str) -> dict[str, str]:
     """The vmdesc of a golden stream: "name/instance" -> the JSON text of its entry."""
     data = stream(name)

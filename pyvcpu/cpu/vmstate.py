@@ -53,7 +53,7 @@ EFER_BITS = 0x1D01  # SCE LME LMA NXE SVME
 RFLAGS_BITS = 0x3F7FD7
 HFLAGS2_BITS = 0x185  # GIF, NMI, IGNNE, VGIF; the others belong to nested guests, SMM and MPX
 HF2_GIF, HF2_NMI = 1 << 0, 1 << 2
-SEG_FLAGS_BITS = 0x00F0FF00
+SEG_FLAGS_BITS = 0x00FFFF00  # 16-19 are bits of the limit, kept though they mean nothing here
 MAXPHYADDR = 52
 
 _PE, _PG = 1 << 0, 1 << 31

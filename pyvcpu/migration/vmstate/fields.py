@@ -16,6 +16,7 @@ gets ``default``.
 
 from __future__ import annotations
 
+import copy
 import struct
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -339,7 +340,7 @@ class Array(Field):
         return self.count
 
     def fill(self, values: Values) -> None:
-        values[self.name] = list(self.default)  # type: ignore[call-overload]
+        values[self.name] = copy.deepcopy(self.default)
 
     def describe(self, values: Values | None) -> list[Vmdesc]:
         """Elements that all look alike are shown once, with ``array_len``; others one by one.
