@@ -47,11 +47,11 @@ def substitute(line: str, constants: dict[str, str]) -> str:
         line = re.sub(r"\b[A-Z][A-Z0-9_]*\b", lambda m: f"({constants[m[0]]})" if m[0] in constants else m[0], line)
     # keystone takes one number where it takes one: fold constant sums, which stand in parentheses.
     while True:
-        folded = re.sub(r"\(([0-9a-fA-Fx +*<|-]+)\)", lambda m: str(eval(m[1], {})), line)  # noqa: S307
+        folded = re.sub(r"\(([0-9a-fA-Fx +*<|-]+)\)", lambda m: str(eval(m[1], {})), line)
         if folded == line:
             break
         line = folded
-    return re.sub(r"(?<![\w.])(\d+ *[+*] *)+\d+(?![\w.])", lambda m: str(eval(m[0], {})), line)  # noqa: S307
+    return re.sub(r"(?<![\w.])(\d+ *[+*] *)+\d+(?![\w.])", lambda m: str(eval(m[0], {})), line)
 
 
 def assemble(name: str) -> bytes:

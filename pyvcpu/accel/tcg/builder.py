@@ -6,13 +6,13 @@ compile time, so that ``cmp; jb`` becomes one comparison.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from iced_x86 import Instruction, OpKind, Register
+from iced_x86 import Instruction, MemorySize, MemorySizeExt, OpKind, Register
 
 from pyvcpu.accel.tcg import flags
 from pyvcpu.accel.tcg.decode import Insn
-from pyvcpu.accel.tcg.ops import CC_DST, CC_OP, CC_SRC, FIRST_TEMP, Op
+from pyvcpu.accel.tcg.ops import CC_DST, CC_OP, CC_SRC, CONDITIONS, FIRST_TEMP, Op
 from pyvcpu.cpu.layout import CS, DS, ES, FS, GS, RSP, SS
 
 
@@ -296,8 +296,6 @@ class Builder:
         if found is None:
             found = self._from_image(base)
         cond, width, a, b = found
-        from pyvcpu.accel.tcg.ops import CONDITIONS
-
         return (CONDITIONS[cond] if negate else cond), width, a, b
 
     def _direct(self, cc: int) -> tuple[str, int, int, int] | None:
@@ -339,7 +337,9 @@ class Builder:
         if single is not None:
             return "ne", 64, self.op("and", 64, image, self.const(single)), zero
         # L is SF != OF; LE adds ZF. SF is bit 7, OF bit 11.
-        differ = self.op("and", 64, self.op("xor", 64, image, self.op("shr", 64, image, self.const(4))), self.const(0x80))
+        differ = self.op(
+            "and", 64, self.op("xor", 64, image, self.op("shr", 64, image, self.const(4))), self.const(0x80)
+        )
         if cc == 14:
             differ = self.op("or", 64, differ, self.op("and", 64, image, self.const(flags.ZF)))
         return "ne", 64, differ, zero
@@ -350,10 +350,8 @@ def _memory_width(iced: Instruction) -> int:
 
 
 def _memory_widths() -> dict[int, int]:
-    from iced_x86 import MemorySize, MemorySizeExt
-
-    sizes = {value for name, value in vars(MemorySize).items() if isinstance(value, int) and not name.startswith("_")}
-    return {value: MemorySizeExt.size(value) * 8 for value in sizes}
+    sizes: list[Any] = [v for name, v in vars(MemorySize).items() if isinstance(v, int) and not name.startswith("_")]
+    return {size: MemorySizeExt.size(size) * 8 for size in sizes}
 
 
 _MEMORY_WIDTHS = _memory_widths()

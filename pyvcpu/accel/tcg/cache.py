@@ -44,13 +44,15 @@ class SharedStore:
     def find(self, code: bytes, at: int, key: tuple[Any, ...]) -> Region | None:
         for spans, contents, made, first in self._entries.get(key, ()):
             if all(
-                0 <= at + s and at + e <= len(code) and code[at + s : at + e] == content
+                at + s >= 0 and at + e <= len(code) and code[at + s : at + e] == content
                 for (s, e), content in zip(spans, contents, strict=True)
             ):
                 return Region(made, first, spans, made.source)
         return None
 
-    def add(self, code: bytes, at: int, key: tuple[Any, ...], made: Code, first: int, spans: tuple[tuple[int, int], ...]) -> None:
+    def add(
+        self, code: bytes, at: int, key: tuple[Any, ...], made: Code, first: int, spans: tuple[tuple[int, int], ...]
+    ) -> None:
         entry = self._entries.setdefault(key, [])
         entry.append((spans, [code[at + s : at + e] for s, e in spans], made, first))
         del entry[:-4]
@@ -76,7 +78,7 @@ class CodeCache:
             table.clear()
 
     def get(self, code: bytes, at: int, mode: Mode, base_ip: int, *, slow: bool) -> Region | None:
-        """Translate, or find again, the region at offset ``at`` of ``code``, whose first byte has offset ``base_ip`` in CS.
+        """Translate, or find again, the region at ``code[at]``; ``base_ip`` is the offset in CS of ``code[0]``.
 
         None where the first instruction is undefined or does not fit.
         """

@@ -356,7 +356,9 @@ class TcgEngine(Accelerator):
         second = self.mmu.fetch_page((linear + len(head)) & ((1 << 64) - 1 if self.mode.bits == 64 else 0xFFFFFFFF))
         if second < 0:
             self._not_ram(rip, linear + len(head))
-        region = self.cache.get(head + bytes(self.mmu.bytes[second : second + MAX_LENGTH]), 0, self.mode, rip, slow=True)
+        region = self.cache.get(
+            head + bytes(self.mmu.bytes[second : second + MAX_LENGTH]), 0, self.mode, rip, slow=True
+        )
         if region is None:
             raise GuestException(UD)
         return region

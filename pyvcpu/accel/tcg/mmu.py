@@ -35,7 +35,7 @@ _MASK64 = (1 << 64) - 1
 _OFFSET = PAGE_SIZE - 1
 
 
-class SlowAccess(Exception):  # noqa: N818 - a signal to the engine, not an error
+class SlowAccess(Exception):
     """This access needs the slow path."""
 
 
@@ -98,7 +98,9 @@ class Mmu:
         if not state.cr0 & CR0_PG:
             return linear & a20
         if not state.efer & EFER_LMA:
-            raise UnsupportedInstruction(b"", "paging", "protected32", state.rip, "32-bit and PAE paging are not there yet")
+            raise UnsupportedInstruction(
+                b"", "paging", "protected32", state.rip, "32-bit and PAE paging are not there yet"
+            )
         if (linear >> 47) not in (0, 0x1FFFF):
             raise GuestException(GP, 0)
         table = state.cr3 & _ADDRESS

@@ -107,7 +107,7 @@ def source_width(op: Op, position: int) -> int:
         return int(x)
     if kind in ("cond,w", "kind,w"):
         return int(x[1])
-    if kind == "w,i" or kind == "from,to":
+    if kind in ("w,i", "from,to"):
         return int(x[0])
     if kind == "cond,w,t,f":
         return int(x[1])

@@ -43,8 +43,8 @@ def _propagate(ops: list[Op], consts: list[int]) -> list[Op]:
                 sources[at] = origin
         return (*op[:3], *sources)
 
-    for op in ops:
-        op = resolve(op)
+    for original in ops:
+        op = resolve(original)
         name, x, dest = op[0], op[1], op[2]
         folded = _fold(op, consts)
         if folded is not None:
@@ -74,14 +74,16 @@ def _propagate(ops: list[Op], consts: list[int]) -> list[Op]:
 def _fold(op: Op, consts: list[int]) -> int | None:
     """The value of a pure op whose sources are constants, for the few ops where that happens."""
     name, x = op[0], op[1]
-    if name not in ("add", "sub", "and", "or", "xor", "shl", "sext", "lea") or any(s is not None and s >= 0 for s in op[3:]):
+    if name not in ("add", "sub", "and", "or", "xor", "shl", "sext", "lea") or any(
+        s is not None and s >= 0 for s in op[3:]
+    ):
         return None
     values = [0 if s is None else consts[-1 - s] for s in op[3:]]
     if name == "sext":
         value = values[0] & _MASK[x[0]]
-        return (value - ((value >> (x[0] - 1)) << x[0])) & _MASK[x[1]]
+        return int(value - ((value >> (x[0] - 1)) << x[0])) & _MASK[x[1]]
     if name == "lea":
-        return (values[0] + values[1] * x[0] + x[1]) & _MASK[x[2]]
+        return int(values[0] + values[1] * x[0] + x[1]) & _MASK[x[2]]
     a, b = values
     if name == "shl":
         return (a << (b & (63 if x == 64 else 31))) & _MASK[x]

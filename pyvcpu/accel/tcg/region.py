@@ -24,7 +24,9 @@ FAMILIES = (alu, bits, control, data, muldiv, shift)
 _INSIDE = frozenset({FlowControl.NEXT, FlowControl.CONDITIONAL_BRANCH, FlowControl.UNCONDITIONAL_BRANCH})
 
 
-def translate(code: bytes, base_ip: int, ip: int, mode: Mode, *, blocks: int = MAX_BLOCKS, insns: int = MAX_INSNS) -> list[Block]:
+def translate(
+    code: bytes, base_ip: int, ip: int, mode: Mode, *, blocks: int = MAX_BLOCKS, insns: int = MAX_INSNS
+) -> list[Block]:
     """The region that starts at offset ``ip``; ``code`` holds the bytes from offset ``base_ip`` on.
 
     Empty where the first instruction is undefined or does not fit into ``code``.

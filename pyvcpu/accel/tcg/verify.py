@@ -58,5 +58,5 @@ def _x_legal(kind: str, x: object, insns: int) -> bool:
     if kind == "from,to":
         return x[0] in WIDTHS and x[1] in WIDTHS and x[0] < x[1]
     if kind == "lo,len":
-        return 0 <= x[0] < 64 and 0 < x[1] <= 64 - x[0]
-    return kind == "scale,disp,w" and x[0] in (1, 2, 4, 8) and x[2] in WIDTHS
+        return bool(0 <= x[0] < 64 and 0 < x[1] <= 64 - x[0])
+    return bool(kind == "scale,disp,w" and x[0] in (1, 2, 4, 8) and x[2] in WIDTHS)

@@ -16,6 +16,7 @@ from pyvcpu.accel.tcg.builder import Mode
 from pyvcpu.accel.tcg.decode import decode
 from pyvcpu.accel.tcg.region import translate
 from pyvcpu.accel.tcg.target.python import lower
+from pyvcpu.cpu.layout import REG_NAMES
 from pyvcpu.cpu.state import CpuState
 
 CODE, DATA, STACK = 0x1000, 0x4000, 0x9000
@@ -47,13 +48,13 @@ FORMS: list[tuple[bytes, bool, tuple[int, ...] | None, int]] = [
     (b"\xc0", True, (0, 1, 4, 5, 7), 1), (b"\xc1", True, (0, 1, 4, 5, 7), 1), (b"\xd0", True, None, 0),
     (b"\xd1", True, None, 0), (b"\xd2", True, (0, 1, 4, 5, 7), 0), (b"\xd3", True, (0, 1, 4, 5, 7), 0),
     (b"\xc6", True, (0,), 1), (b"\xc7", True, (0,), -1),
-    (b"\xf6", True, (0,), 1), (b"\xf7", True, (0,), -1), (b"\xf6", True, (2, 3, 4, 5), 0), (b"\xf7", True, (2, 3, 4, 5), 0),
+    (b"\xf6", True, (0,), 1), (b"\xf7", True, (0,), -1), (b"\xf6", True, (2, 3, 4, 5), 0),
+    (b"\xf7", True, (2, 3, 4, 5), 0),
     (b"\xfe", True, (0, 1), 0), (b"\xff", True, (0, 1), 0), (b"\x69", True, None, -1), (b"\x6b", True, None, 1),
     (b"\xf5", False, None, 0), (b"\xf8", False, None, 0), (b"\xf9", False, None, 0),
     *((bytes([0x0F, op]), True, None, 0) for op in range(0x40, 0x50)),
     *((bytes([0x0F, op]), True, None, 0) for op in range(0x90, 0xA0)),
-    *((bytes([0x0F, op]), True, None, 0) for op in (0xA3, 0xA5, 0xAB, 0xAD, 0xAF, 0xB0, 0xB1, 0xB3, 0xB6, 0xB7, 0xBB, 0xBC,
-                                                   0xBD, 0xBE, 0xBF, 0xC0, 0xC1)),
+    *((bytes([0x0F, op]), True, None, 0) for op in bytes.fromhex("a3a5abadafb0b1b3b6b7bbbcbdbebfc0c1")),
     (b"\x0f\xa4", True, None, 1), (b"\x0f\xac", True, None, 1), (b"\x0f\xba", True, (4, 5, 6, 7), 1),
     *((bytes([0x0F, op]), False, None, 0) for op in range(0xC8, 0xD0)),
     *((bytes([op]), False, None, 0) for op in range(0x50, 0x60)),
@@ -95,7 +96,12 @@ def _fits(code: bytes) -> tuple[bool, int, int]:
     """(usable, flags made undefined, flags written) of one encoded instruction."""
     insn = decode(code + b"\x90" * 15, CODE, 64)
     iced = insn.iced
-    if not insn.valid or insn.length != len(code) or iced.code in (Code.POP_R64, Code.POP_R16) and iced.op0_register in _KEEP_NARROW:
+    if (
+        not insn.valid
+        or insn.length != len(code)
+        or (iced.code in (Code.POP_R64, Code.POP_R16)
+        and iced.op0_register in _KEEP_NARROW)
+    ):
         return False, 0, 0
     if iced.code in _UNICORN_DIFFERS and iced.op0_kind == OpKind.REGISTER:
         return False, 0, 0
@@ -112,7 +118,9 @@ def _fits(code: bytes) -> tuple[bool, int, int]:
         if bit_string and memory.base != Register.RSP:
             return False, 0, 0
     undefined = sum(bit for name, bit in _FLAG_BITS.items() if iced.rflags_undefined & name)
-    written = sum(bit for name, bit in _FLAG_BITS.items() if (iced.rflags_written | iced.rflags_cleared | iced.rflags_set) & name)
+    written = sum(
+        bit for name, bit in _FLAG_BITS.items() if (iced.rflags_written | iced.rflags_cleared | iced.rflags_set) & name
+    )
     return True, undefined, written
 
 
@@ -202,8 +210,7 @@ def run_unicorn(program: Program) -> Outcome:
     """The same program on unicorn."""
     from unicorn import UC_ARCH_X86, UC_MODE_64, Uc, x86_const
 
-    names = "RAX RCX RDX RBX RSP RBP RSI RDI R8 R9 R10 R11 R12 R13 R14 R15".split()
-    ids = [getattr(x86_const, f"UC_X86_REG_{name}") for name in names]
+    ids = [getattr(x86_const, f"UC_X86_REG_{name.upper()}") for name in REG_NAMES]
     uc = Uc(UC_ARCH_X86, UC_MODE_64)
     uc.mem_map(0, MEMORY)
     uc.mem_write(CODE, program.code)
@@ -229,5 +236,3 @@ def listing(program: Program) -> str:
         out.append(f"{CODE + at:#x}  {insn.code.hex():24} {insn}")
         at += insn.length
     return "\n".join(out)
-
-

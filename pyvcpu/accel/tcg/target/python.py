@@ -146,7 +146,7 @@ class _Region:
         names = dict(_GLOBALS)
         for i, call in enumerate(self.calls):
             names[f"K{i}"] = call
-        exec(_compile(source), names)  # noqa: S102 - the source is ours, made a few lines above
+        exec(_compile(source), names)
         function = names["region"]
         assert isinstance(function, types.FunctionType)
         return Code(function, self.faults, source)
@@ -381,7 +381,11 @@ class _Block:
                 known = min(known_a, (self.block.consts[-1 - b] & MASK[width]).bit_length())
             if known <= width:
                 return f"({left} {sign} {right})", reads, known
-            return f"({left} {sign} {right} & {mask})" if name == "and" else f"(({left} {sign} {right}) & {mask})", reads, width
+            return (
+                f"({left} {sign} {right} & {mask})" if name == "and" else f"(({left} {sign} {right}) & {mask})",
+                reads,
+                width,
+            )
         sign = {"add": "+", "sub": "-", "mul": "*"}[name]
         return f"({left} {sign} {right} & {mask})", reads, width
 

@@ -48,8 +48,11 @@ def logic(b: Builder, insn: Insn) -> None:
     name = {Mnemonic.AND: "and", Mnemonic.OR: "or", Mnemonic.XOR: "xor"}[insn.mnemonic]
     width = b.width(insn)
     iced = insn.iced
-    if name == "xor" and iced.op1_kind == OpKind.REGISTER and iced.op0_kind == OpKind.REGISTER and (
-        iced.op0_register == iced.op1_register
+    if (
+        name == "xor"
+        and iced.op1_kind == OpKind.REGISTER
+        and iced.op0_kind == OpKind.REGISTER
+        and (iced.op0_register == iced.op1_register)
     ):
         result = b.const(0)
     else:
@@ -105,7 +108,9 @@ def with_carry(b: Builder, insn: Insn) -> None:
     b.set_eflags(image)
 
 
-def carry_flags(b: Builder, width: int, left: int, right: int, carry: int, partial: int, result: int, adding: bool) -> int:
+def carry_flags(
+    b: Builder, width: int, left: int, right: int, carry: int, partial: int, result: int, adding: bool
+) -> int:
     """EFLAGS image of left +- right +- carry."""
     if adding:
         out = b.op("or", 64, b.op("setc", ("ltu", width), partial, left), b.op("setc", ("ltu", width), result, carry))
@@ -121,7 +126,7 @@ def carry_flags(b: Builder, width: int, left: int, right: int, carry: int, parti
 
 @translates(Mnemonic.CMPXCHG)
 def cmpxchg(b: Builder, insn: Insn) -> None:
-    """A memory destination is written in every case (SDM 2A); a register that does not compare equal keeps all 64 bits."""
+    """A memory destination is written in every case (SDM 2A); a register that differs keeps all its 64 bits."""
     width = b.width(insn)
     accumulator = Reg(RAX, width, 0)
     old = b.read(insn, 0)

@@ -47,7 +47,9 @@ def _one_operand(b: Builder, insn: Insn, upper: str) -> None:
     left = b.op("mov", width, RAX)
     low = b.op("mul", width, left, right)
     high = b.op(upper, width, left, right)
-    overflow = b.op("setc", ("ne", width), high, b.const(0)) if upper == "mulhu" else _signed_overflow(b, width, low, high)
+    overflow = (
+        b.op("setc", ("ne", width), high, b.const(0)) if upper == "mulhu" else _signed_overflow(b, width, low, high)
+    )
     b.write_register(Reg(RAX, width, 0), low)
     b.write_register(_AH if width == 8 else Reg(RDX, width, 0), high)
     b.set_flags(flags.MUL, width, low, overflow)

@@ -1,0 +1,1 @@
+"""Monitors: how an operator speaks with a running machine."""
