@@ -48,13 +48,14 @@ _MASK64 = (1 << 64) - 1
 # -- what an engine of ours can hold (SDM 3A 2.5; what is not there is refused, not dropped)
 
 CR0_BITS = 0xE005003F  # PE MP EM TS ET NE WP AM NW CD PG
-CR4_BITS = 0x000007FF  # VME PVI TSD DE PSE PAE MCE PGE PCE OSFXSR OSXMMEXCPT
-EFER_BITS = 0x1D01  # SCE LME LMA NXE SVME
+CR4_BITS = 0x000007FC  # TSD DE PSE PAE MCE PGE PCE OSFXSR OSXMMEXCPT
+EFER_BITS = 0xD01  # SCE LME LMA NXE
+DR7_BREAKPOINTS = 0x20FF  # L0 to G3, GD
 RFLAGS_BITS = 0x3F7FD7
 HFLAGS2_BITS = 0x185  # GIF, NMI, IGNNE, VGIF; the others belong to nested guests, SMM and MPX
 HF2_GIF, HF2_NMI = 1 << 0, 1 << 2
 SEG_FLAGS_BITS = 0x00FFFF00  # 16-19 are bits of the limit, kept though they mean nothing here
-MAXPHYADDR = 52
+MAXPHYADDR = 40
 
 _PE, _PG = 1 << 0, 1 << 31
 _PAE = 1 << 5
@@ -346,6 +347,8 @@ def _check_control(values: Values) -> None:
     for i in (6, 7):
         if values["dr"][i] >> 32:
             raise refuse(f"dr[{i}]", f"the upper half of DR{i} is 0", values["dr"][i] & 0xFFFFFFFF, values["dr"][i])
+    if values["dr"][7] & DR7_BREAKPOINTS:
+        raise refuse("dr[7]", "hardware breakpoints are not there", values["dr"][7] & ~DR7_BREAKPOINTS, values["dr"][7])
     _one_of(values, "a20_mask", (-1, -1 - (1 << 20)), "the A20 mask is neither open nor closed")
 
 
@@ -382,10 +385,9 @@ def _check_addresses(values: Values) -> None:
     ]
     flat += [(f"{path}/base", segment["base"]) for path, segment in _segments(values)]
     flat += [("gdt/base", values["gdt"]["base"]), ("idt/base", values["idt"]["base"])]
+    # RIP itself may be not canonical: SYSRET and falling through the edge fault at the next fetch.
     wide = values["efer"] & _LMA and values["segs"][CS]["flags"] & _SEG_L
-    if wide:
-        flat.append(("eip", values["eip"]))
-    elif values["eip"] >> 32:
+    if not wide and values["eip"] >> 32:
         raise refuse("eip", "EIP has 32 bits outside 64-bit mode", "below 2**32", values["eip"])
     for path, value in flat:
         if not _canonical(value):

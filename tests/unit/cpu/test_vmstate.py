@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from pyvcpu.accel.tcg.helpers import system
+from pyvcpu.accel.tcg.mmu import PHYSICAL_BITS
 from pyvcpu.clock import IcountClock
+from pyvcpu.cpu import msr, vmstate
 from pyvcpu.cpu.layout import CS, FS, GS, MP_HALTED, MP_RUNNABLE, SS
 from pyvcpu.cpu.state import CpuState
 from pyvcpu.cpu.vmstate import (
@@ -40,7 +43,7 @@ def long_mode() -> CpuState:
     cpu.seg_flags[SS], cpu.seg_selector[SS], cpu.seg_limit[SS] = 0xCF9300, 16, 0xFFFFFFFF
     cpu.seg_base[FS], cpu.seg_base[GS] = 0x7FFF_0000_1000, HIGH
     cpu.gdt_base, cpu.gdt_limit, cpu.idt_base, cpu.idt_limit = HIGH + 0x8000, 0x7F, HIGH + 0x9000, 0xFFF
-    cpu.dr[0], cpu.dr[7] = 0x1000, 0x401
+    cpu.dr[0], cpu.dr[7] = 0x1000, 0xF0400
     cpu.fpu_control, cpu.fpu_status, cpu.fpu_tag = 0x27F, 0x3800 >> 1 | 0x41, 0xF0
     cpu.fpu_opcode, cpu.fpu_ip, cpu.fpu_dp = 0x1D9, HIGH, 0x2000
     for i in range(8):
@@ -265,11 +268,11 @@ def broken(**change):
         ({"cr4": 0x1620}, "cr4"),  # 5-level paging
         ({"efer": 0x901}, "efer"),  # paging and LME without LMA
         ({"efer": 0x401, "cr0": 0x60000033}, "efer"),
-        ({"efer": 0x8D01}, "efer"),
-        ({"cr3": 1 << 52}, "cr3"),
+        ({"efer": 0x1D01}, "efer"),
+        ({"cr3": 1 << 40}, "cr3"),
         ({"dr__7": 1 << 32}, "dr[7]"),
         ({"a20_mask": 0}, "a20_mask"),
-        ({"eip": 0x8000_0000_0000}, "eip"),
+        ({"dr__7": 0x402}, "dr[7]"),
         ({"lstar": 1 << 47}, "lstar"),
         ({"kernelgsbase": 0xFFFF_7FFF_FFFF_FFFF}, "kernelgsbase"),
         ({"segs__4__base": 1 << 48}, "segs[4]/base"),
@@ -316,6 +319,24 @@ def test_what_no_cpu_can_be_is_refused_and_changes_nothing(change, path):
 
 def test_the_unbroken_state_is_accepted():
     CPU.check(broken(), LoadContext())
+    CPU.check(broken(eip=0x8000_0000_0000), LoadContext())  # faults at the next fetch
+
+
+def test_32_bit_code_has_a_32_bit_eip():
+    cpu = CpuState()
+    cpu.reset()
+    values = CPU.save(cpu, SaveContext(clock=IcountClock()))
+    with pytest.raises(MigrationError) as error:
+        CPU.check(values | {"eip": 1 << 32}, LoadContext())
+    assert error.value.field == "eip"
+
+
+def test_what_is_refused_is_what_the_engine_does_not_have():
+    assert vmstate.CR0_BITS == system.CR0_BITS
+    assert vmstate.CR4_BITS == system.CR4_BITS
+    assert vmstate.DR7_BREAKPOINTS == system.DR7_ENABLE | system.DR7_GD
+    assert vmstate.MAXPHYADDR == PHYSICAL_BITS
+    assert vmstate.EFER_BITS == msr.EFER_SCE | msr.EFER_LME | msr.EFER_LMA | msr.EFER_NXE
 
 
 # -- cpu_common
