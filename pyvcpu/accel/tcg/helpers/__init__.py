@@ -41,6 +41,7 @@ from pyvcpu.accel.tcg.helpers import (  # noqa: E402, F401
     move,
     msr,
     segment,
+    string,
     system,
     timing,
 )

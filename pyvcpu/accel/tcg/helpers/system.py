@@ -167,7 +167,13 @@ _READ: dict[int, Callable[[TcgEngine], int]] = {
     0: lambda e: e.state.cr0, 2: lambda e: e.state.cr2, 3: lambda e: e.state.cr3, 4: lambda e: e.state.cr4,
     8: _read_cr8,
 }  # fmt: skip
-_WRITE: dict[int, Callable[[TcgEngine, int], None]] = {0: write_cr0, 2: _write_cr2, 3: _write_cr3, 4: _write_cr4, 8: _write_cr8}
+_WRITE: dict[int, Callable[[TcgEngine, int], None]] = {
+    0: write_cr0,
+    2: _write_cr2,
+    3: _write_cr3,
+    4: _write_cr4,
+    8: _write_cr8,
+}
 
 
 # -- debug registers --------------------------------------------------------------------------

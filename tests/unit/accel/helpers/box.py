@@ -1,7 +1,7 @@
 """A bare processor for tests: an engine, RAM from address 0, code written as bytes.
 
-    0x1000 code   0x2000 GDT   0x3000 IDT   0x4000 TSS   0x5000 stack top   0x6000 .. handlers and data
-    0x10000 page tables (the first GiB mapped 1:1 by 2 MiB pages, plus what a test adds)
+0x1000 code   0x2000 GDT   0x3000 IDT   0x4000 TSS   0x5000 stack top   0x6000 .. handlers and data
+0x10000 page tables (the first GiB mapped 1:1 by 2 MiB pages, plus what a test adds)
 """
 
 from __future__ import annotations
