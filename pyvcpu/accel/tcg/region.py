@@ -29,21 +29,30 @@ def translate(
 ) -> list[Block]:
     """The region that starts at offset ``ip``; ``code`` holds the bytes from offset ``base_ip`` on.
 
+    Block 0 is the entry; where two blocks have the same RIP, jumps inside the region go to the later one.
     Empty where the first instruction is undefined or does not fit into ``code``.
     """
     found = _discover(code, base_ip, ip, mode, blocks, insns)
-    order = [ip, *sorted(start for start in found if start != ip)] if found else []
-    translated: dict[int, tuple[Block, StaticFlags | None]] = {}
-    predecessors = {start: [s for s in order if start in _successors(found[s])] for start in order}
+    if not found:
+        return []
+    order = [ip, *sorted(start for start in found if start != ip)]
+    translated: dict[int, Block] = {}
+    ends: dict[int, StaticFlags | None] = {}
     for start in order:
-        known = None
-        if start != ip and all(s in translated for s in predecessors[start]):
-            ends = {translated[s][1] for s in predecessors[start]}
-            end = ends.pop() if len(ends) == 1 else None
-            # The left operand of a SUB is a temporary of its own block.
-            known = StaticFlags(end.kind, end.width) if end is not None else None
-        translated[start] = _translate_block(found[start], mode, known)
-    return [translated[start][0] for start in order]
+        translated[start], ends[start] = _translate_block(found[start], mode, None)
+    # What needs the flags at its start without knowing their kind is done again where all ways there agree on it.
+    again = [start for start in order if any(op[0] == "ccd" for op in translated[start].ops)]
+    out = [translated[start] for start in order]
+    for start in again:
+        kinds = {ends[s] for s in order if start in _successors(found[s])}
+        if len(kinds) != 1 or None in kinds:
+            continue
+        better, _ = _translate_block(found[start], mode, kinds.pop())
+        if start == ip:
+            out.append(better)  # a second copy of the entry, to which the back edges go
+        else:
+            out[order.index(start)] = better
+    return out
 
 
 def _discover(code: bytes, base_ip: int, ip: int, mode: Mode, blocks: int, insns: int) -> dict[int, list[Insn]]:
@@ -99,4 +108,6 @@ def _translate_block(insns: Iterable[Insn], mode: Mode, known: StaticFlags | Non
     ops: list[Op] = optimise(b.ops, b.consts)
     if __debug__:
         verify(ops, b.consts, len(b.insns))
-    return Block(b.insns[0].ip, b.insns, ops, b.consts), b.flags
+    # The left operand of a SUB is a temporary of this block.
+    end = None if b.flags is None else StaticFlags(b.flags.kind, b.flags.width)
+    return Block(b.insns[0].ip, b.insns, ops, b.consts), end
