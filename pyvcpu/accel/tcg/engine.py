@@ -42,8 +42,8 @@ from pyvcpu.memory.bus import Bus
 from pyvcpu.memory.pages import PAGE_SHIFT, PAGE_SIZE
 from pyvcpu.memory.ram import GuestRam
 
-QUANTUM = 100_000
-"""Instructions between two looks at ``request_exit`` and, on the host clock, at the timers."""
+QUANTUM = 20_000
+"""Instructions between two looks at ``request_exit`` and, on the host clock, at the timers: about a millisecond."""
 
 DESCRIPTOR_L, DESCRIPTOR_DB = 1 << 21, 1 << 22
 
