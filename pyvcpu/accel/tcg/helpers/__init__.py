@@ -36,11 +36,14 @@ def helper(*mnemonics: int) -> Callable[[Helper], Helper]:
 # The modules register themselves, so they come after the registry.
 from pyvcpu.accel.tcg.helpers import (  # noqa: E402, F401
     control,
+    decimal,
     flags,
     io,
     move,
     msr,
+    rotate,
     segment,
+    stack,
     string,
     system,
     timing,

@@ -114,11 +114,11 @@ class _Run:
 
     @property
     def source_linear(self) -> int:
-        return (self.si_base + self.si) & self.linear_mask
+        return int(self.si_base + self.si) & self.linear_mask
 
     @property
     def target_linear(self) -> int:
-        return (self.di_base + self.di) & self.linear_mask
+        return int(self.di_base + self.di) & self.linear_mask
 
     def chunk(self, *, write: bool, of_target: bool, most: int) -> tuple[int, int]:
         """(byte offset in RAM of the element that is lowest, elements): what can be had at once, 0 for nothing.

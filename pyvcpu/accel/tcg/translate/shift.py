@@ -5,7 +5,7 @@ from __future__ import annotations
 from iced_x86 import Mnemonic
 
 from pyvcpu.accel.tcg import flags
-from pyvcpu.accel.tcg.builder import Builder
+from pyvcpu.accel.tcg.builder import IMMEDIATES, Builder
 from pyvcpu.accel.tcg.decode import Insn
 from pyvcpu.accel.tcg.ops import CC_DST, CC_OP, CC_SRC
 from pyvcpu.accel.tcg.translate import UseHelper, translates
@@ -133,8 +133,7 @@ def _with_carry_and_overflow(b: Builder, old: int, carry: int, overflow: int) ->
 @translates(Mnemonic.RCL, Mnemonic.RCR)
 def rotate_through_carry(b: Builder, insn: Insn) -> None:
     width = b.width(insn)
-    raw = b.read(insn, 1)
-    if raw >= 0 or b.consts[-1 - raw] & 31 != 1:
+    if insn.iced.op1_kind not in IMMEDIATES or insn.iced.immediate(1) & (63 if width == 64 else 31) != 1:
         raise UseHelper
     value = b.read(insn, 0)
     old = b.eflags()
