@@ -45,6 +45,9 @@ from pyvcpu.memory.ram import GuestRam
 QUANTUM = 20_000
 """Instructions between two looks at ``request_exit`` and, on the host clock, at the timers: about a millisecond."""
 
+REP_QUANTUM = 1 << 20
+"""Iterations of a REP string instruction between two such looks: they are copied in large pieces."""
+
 DESCRIPTOR_L, DESCRIPTOR_DB = 1 << 21, 1 << 22
 
 
@@ -63,6 +66,7 @@ class TcgEngine(Accelerator):
         self.pace = False  # in HLT on the icount clock: wait in real time instead of skipping at once
         self.budget = 0
         self.iterations = 0
+        self._beyond = 0  # instructions up to the next event, beyond the quantum
         self._left = [0]
         self._wake = threading.Event()
         self._exit_requested = False
@@ -113,11 +117,13 @@ class TcgEngine(Accelerator):
                 self._deliver_pending()
                 if state.shutdown or state.mp_state != MP_RUNNABLE:
                     continue
-            budget = min(limit - clock.instructions, QUANTUM)
+            budget = limit - clock.instructions
             if clock.deterministic:
                 budget = min(budget, clock.next_deadline() - clock.now())
                 if budget <= 0:  # a device armed a timer for now
                     continue
+            self._beyond = min(max(0, budget - QUANTUM), REP_QUANTUM)
+            budget = min(budget, QUANTUM)
             if state.rflags & flags.RF:  # it lasts for one instruction; without breakpoints nothing else depends on it
                 state.rflags &= ~flags.RF
             if state.interrupt_shadow or state.rflags & flags.TF:
@@ -247,7 +253,7 @@ class TcgEngine(Accelerator):
                     state.rip = result.insn.ip
                     clock.instructions = end - todo - 1
                     region = None
-                    self._help(result.insn, todo + 1)
+                    self._help(result.insn, todo + 1 + self._beyond)
                     return
                 rip = result
         except (SlowAccess, GuestException) as event:
