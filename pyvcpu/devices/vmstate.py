@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pyvcpu.devices.serial import FIFO_SIZE, IER_EMPTY, IIR_EMPTY, LSR_TEMT, LSR_THRE
+from pyvcpu.devices.serial import FIFO_SIZE, IIR_EMPTY, LSR_TEMT, LSR_THRE
 from pyvcpu.migration.vmstate.description import SUBSECTIONS, Description, LoadContext, SaveContext, Struct, refuse
 from pyvcpu.migration.vmstate.fields import I32, U8, U16, U32, Buffer, Timer, Values
 
@@ -55,8 +55,8 @@ def _load(serial: Serial16550, values: Values, ctx: LoadContext) -> None:
 
 
 def _thr_ipending_needed(serial: Serial16550, ctx: SaveContext) -> bool:
-    """While its interrupt is off the flag means nothing; else IIR usually says it."""
-    return bool(serial.ier & IER_EMPTY) and bool(serial.thr_ipending) != (serial.iir & _IIR_ID == IIR_EMPTY)
+    """IIR says it, unless a more urgent interrupt hides it or its own is off (then QEMU does not send it)."""
+    return bool(serial.thr_ipending) != (serial.iir & _IIR_ID == IIR_EMPTY)
 
 
 def _check_thr_ipending(values: Values, ctx: LoadContext) -> None:
@@ -171,7 +171,7 @@ _STATE = Description(
             [I32("timeout_ipending")],
             needed=lambda serial, ctx: bool(serial.timeout_ipending),
             pre_save=lambda serial, ctx: {"timeout_ipending": serial.timeout_ipending},
-            post_load=_ignore,
+            post_load=_ignore,  # it follows from what is in the FIFO
         ),
         Description(
             "serial/poll",

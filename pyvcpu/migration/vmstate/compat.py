@@ -9,12 +9,12 @@ lists, with or without the sender at hand.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from typing import Any, NamedTuple
 
 from pyvcpu.migration.vmstate.codec import flatten
-from pyvcpu.migration.vmstate.description import SUBSECTIONS, Description
-from pyvcpu.migration.vmstate.fields import Values, Vmdesc
+from pyvcpu.migration.vmstate.description import SUBSECTIONS, Description, Struct
+from pyvcpu.migration.vmstate.fields import Array, Field, Values, VarArray, VarBuffer, Vmdesc
 
 
 class LayoutField(NamedTuple):
@@ -83,9 +83,13 @@ def _incompatibilities(sender: Vmdesc, receiver: Description) -> Iterator[Incomp
         versions = f"{receiver.minimum_version_id} to {receiver.version_id}"
         yield Incompatibility(name, version, versions, "a version that is not read")
         return
-    expected = [entry for f in receiver.fields if f.since <= version for entry in f.describe(None)]
-    ours = layout_of({"fields": expected})
-    for theirs, mine in zip_longest(layout_of(sender), ours):
+    fields = [f for f in receiver.fields if f.since <= version]
+    fixed = list(takewhile(lambda f: not _is_counted(f), fields))
+    ours = layout_of({"fields": [entry for f in fixed for entry in f.describe(None)]})
+    sent = layout_of(sender)
+    if len(fixed) < len(fields):
+        sent = sent[: len(ours)]  # what follows a count depends on what was counted
+    for theirs, mine in zip_longest(sent, ours):
         if theirs != mine:
             # Sections are positional: after the first difference nothing means what it says.
             where = f"{name}: {(theirs or mine).path}"
@@ -97,6 +101,13 @@ def _incompatibilities(sender: Vmdesc, receiver: Description) -> Iterator[Incomp
             yield Incompatibility(name, sub["vmsd_name"], None, "a subsection that the receiver does not know")
         else:
             yield from _incompatibilities(sub, known)
+
+
+def _is_counted(field: Field) -> bool:
+    """True if the field's size depends on another field's value."""
+    if isinstance(field, Struct):
+        return any(_is_counted(f) for f in field.description.fields)
+    return isinstance(field, VarArray | VarBuffer) or (isinstance(field, Array) and _is_counted(field.element))
 
 
 def differences(left: Values, right: Values) -> list[Difference]:

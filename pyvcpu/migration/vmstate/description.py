@@ -388,8 +388,7 @@ class Struct(Field):
         return (self.name,)
 
     def describe(self, values: Values | None) -> list[Vmdesc]:
-        own = values if values is None or self.flat else values[self.name]
-        body = self.description.describe(own)
+        body = self.description.describe(self._inner(values))
         entry: Vmdesc = {"name": self.wire_name, "type": self.type_name}
         if self.type_name == "struct":
             entry["struct"] = body
@@ -399,14 +398,10 @@ class Struct(Field):
         return [entry]
 
     def size(self, values: Values | None) -> int:
-        own = values if values is None or self.flat else values[self.name]
-        return self.description.size(own)
+        return self.description.size(self._inner(values))
 
     def varies(self) -> bool:
-        """True where two of them can have different layouts."""
-        return bool(self.description.subsections) or any(
-            isinstance(f, Struct) and f.varies() for f in self.description.fields
-        )
+        return bool(self.description.subsections) or any(f.varies() for f in self.description.fields)
 
     def check(self, values: Values, ctx: Any) -> None:
         if self.flat:
@@ -438,6 +433,13 @@ class Struct(Field):
 
     def set_item(self, target: Any, index: int, value: Any, ctx: Any) -> None:
         self.description._apply(target[index], value, ctx)
+
+    def _inner(self, values: Values | None) -> Values | None:
+        """Our structure's values, in those of the structure around us."""
+        if values is None:
+            return None
+        inner: Values = self._own(values) if self.flat else values[self.name]
+        return inner
 
     def _own(self, values: Values) -> Values:
         """The values that are ours among those of the structure around us."""

@@ -93,6 +93,10 @@ class Field:
         """Bytes on the wire."""
         raise NotImplementedError
 
+    def varies(self) -> bool:
+        """True where two of them can have different layouts."""
+        return False
+
     # -- the attribute of an object, where there are no hooks
 
     def get(self, obj: Any, values: Values, ctx: Any) -> None:
@@ -345,7 +349,7 @@ class Array(Field):
     def describe(self, values: Values | None) -> list[Vmdesc]:
         """Elements that all look alike are shown once, with ``array_len``; others one by one.
 
-        They look alike unless they are structures that may carry subsections.
+        They look alike unless they are structures that may carry subsections or counted fields.
         """
         count = self.count_in(values)
         items = None if values is None else values.get(self.name)
@@ -353,7 +357,7 @@ class Array(Field):
             return []
         if count == 1:
             return self._describe_element(items, 0, {})
-        if not _varies(self.element):
+        if not self.element.varies():
             return self._describe_element(items, 0, {"array_len": count})
         return [entry for i in range(count) for entry in self._describe_element(items, i, {"index": i})]
 
@@ -366,7 +370,12 @@ class Array(Field):
         ]
 
     def size(self, values: Values | None) -> int:
-        return self.count_in(values) * self.element.size(None)
+        if values is None or not self.element.varies():
+            return self.count_in(values) * self.element.size(None)
+        return sum(self.element.size({self.name: item}) for item in values[self.name])
+
+    def varies(self) -> bool:
+        return self.element.varies()
 
     def get_value(self, attribute: Any, ctx: Any) -> list[Any]:
         return [self.element.get_value(item, ctx) for item in attribute]
@@ -389,6 +398,9 @@ class VarArray(Array):
         super().__init__(element, 0, since=since)
         self._layout = None
         self.count_field, self.limit = count_field, limit
+
+    def varies(self) -> bool:
+        return True
 
     def count_in(self, values: Values | None) -> int:
         if values is None:
@@ -440,11 +452,8 @@ class VarBuffer(Field):
     def size(self, values: Values | None) -> int:
         return 0 if values is None else len(values[self.name])
 
+    def varies(self) -> bool:
+        return True
+
     def get_value(self, attribute: Any, ctx: Any) -> bytes:
         return bytes(attribute)
-
-
-def _varies(element: Field) -> bool:
-    """True where two elements may have different layouts (a structure with subsections)."""
-    varies = getattr(element, "varies", None)
-    return bool(varies()) if varies is not None else False
