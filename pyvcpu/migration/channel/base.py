@@ -66,6 +66,7 @@ class Channel(abc.ABC):
     def wait_readable(self, timeout: float | None = None) -> bool:
         """Wait until :meth:`read` would not block; False after ``timeout`` seconds. Raises ChannelError when closed."""
 
+    @abc.abstractmethod
     def finish(self) -> None:
         """No more writes: let the other end see the end of the stream, and make sure that it arrives.
 

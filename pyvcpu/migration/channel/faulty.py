@@ -4,6 +4,8 @@
     corrupt  byte N goes out XORed with a mask
     delay    a pause before byte N, as a slow line would have
     chunk    transfers are split, so that records arrive in pieces
+
+Offsets count the bytes of one direction.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from pyvcpu.errors import MigrationError
 from pyvcpu.memory.pages import PAGE_SIZE
 from pyvcpu.migration.ram.iterative import Batch
 from pyvcpu.migration.ram.zero import PageNumbers, as_words, zero_pages
@@ -60,6 +61,9 @@ class Ram(Protocol):
     @property
     def dirty(self) -> Any: ...
 
+    @property
+    def logging(self) -> bool: ...
+
     def start_dirty_log(self) -> None: ...
 
     def harvest_dirty(self) -> npt.NDArray[Any]: ...
@@ -91,7 +95,9 @@ class RamSource:
     # -- the handler
 
     def setup(self) -> Batch:
-        """Everything is dirty from here on."""
+        """Everything is dirty from here on. MigrationError while another migration uses the dirty log."""
+        if self._ram.logging:
+            raise MigrationError("another migration of this guest is under way")
         self._at_edge(self._ram.start_dirty_log)
         self._logging = True
         data = bytearray(struct.pack(">Q", sum(b.size for b in self._blocks) | RAM_SAVE_MEM_SIZE))
@@ -170,7 +176,7 @@ class RamSource:
             records[:, 8:] = self._rows[first : last + 1] if whole_run else self._rows[pages]
         addresses = ((pages - self._starts[index]) * PAGE_SIZE) | (flag | RAM_SAVE_CONTINUE)
         records[:, :8] = addresses.astype(">u8").view(np.uint8).reshape(-1, 8)
-        data = memoryview(records.reshape(-1))
+        data = records.reshape(-1).data
         if self._block == index:
             return [data]
         # The first record of another block carries its name and no CONTINUE.

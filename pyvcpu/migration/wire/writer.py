@@ -226,8 +226,11 @@ class StreamWriter:
         self._sealed = self.crc, self.offset
         return data
 
-    def vmdesc(self, *, with_checksums: bool = True) -> bytes:
-        """The stream's description of itself, after :meth:`eof`."""
+    def vmdesc(self, *, with_checksums: bool = True, extra: dict[str, Any] | None = None) -> bytes:
+        """The stream's description of itself, after :meth:`eof`.
+
+        ``extra`` goes beside the checksums, under their seal: what a pyvcpu wants to know and QEMU has no field for.
+        """
         description: dict[str, Any] = {}
         if self._configuration is not None:
             description["configuration"] = self._configuration
@@ -237,6 +240,7 @@ class StreamWriter:
             text = checksums.seal(
                 description,
                 {
+                    **(extra or {}),
                     "version": checksums.CHECKSUMS_VERSION,
                     "stream": crc,
                     "length": length,
