@@ -51,7 +51,8 @@ class StreamWriter:
         """The entries of the vmdesc so far."""
         self._configuration: Vmdesc | None = None
         self._names: dict[int, str] = {}  # sections in parts, by id
-        self._next_id = 0
+        # Not 0: QEMU looks PART up among all its devices, and those that no stream has named yet have id 0.
+        self._next_id = 2
         self._sums: dict[str, int] = {}
         self._check_pages = check_pages
         self._ram = RamDecoder()
