@@ -46,16 +46,18 @@ class RamDecoder:
     """Decodes one stream's RAM, part after part.
 
     ``expected`` maps the blocks that may come to their size in bytes; None takes any. ``required`` names
-    those that must come, by default all of them.
+    those that must come, by default all of them. ``limit`` bounds the sum (bytes) where any may come.
     """
 
     def __init__(
         self,
         expected: Mapping[str, int] | None = None,
         required: Iterable[str] | None = None,
+        *,
+        limit: int = 1 << 38,
         section: str = "ram/0",
     ) -> None:
-        self.expected, self.section = expected, section
+        self.expected, self.limit, self.section = expected, limit, section
         self.required = tuple((expected or ()) if required is None else required)
         self.blocks: dict[str, int] = {}
         self._block: str | None = None
@@ -180,6 +182,8 @@ class RamDecoder:
             raise self.error("the list of RAM blocks comes twice", offset, "blocks", "once", "twice")
         if not total:
             raise self.error("a machine without memory", offset, "blocks", "at least one block", 0)
+        if total > self.limit and self.expected is None:
+            raise self.error("more RAM than a stream may name", offset, "blocks", f"at most {self.limit:#x}", total)
         blocks: dict[str, int] = {}
         at, left = pos + 8, total
         while left:

@@ -71,6 +71,8 @@ class Limits:
     unknown: int = 64 << 20
     """All sections from the first unknown one on, with the vmdesc."""
     vmdesc: int = 64 << 20
+    ram: int = 1 << 38
+    """All RAM that the list of blocks may name, where the reader was not told what there is."""
 
 
 class StreamReader:
@@ -100,7 +102,7 @@ class StreamReader:
             self._lookup = lambda name, instance_id: table.get((name, instance_id))
         self.machine, self.require_checksums, self.limits = machine, require_checksums, limits
         self._check_pages = check_pages
-        self.ram = RamDecoder(ram_blocks, required_blocks)
+        self.ram = RamDecoder(ram_blocks, required_blocks, limit=limits.ram)
         self.offset = 0
         """Bytes of the records that were yielded."""
         self.crc = 0
@@ -156,8 +158,8 @@ class StreamReader:
             rest = len(self._buffer) - self._pos
             self._error = MigrationError(
                 f"the stream ends too early, in {WHAT[self._state.__name__]}",
-                offset=self.offset + rest,
-                section=self._open[1] or None,
+                offset=self.offset + rest + len(self._kept),
+                section=self._open[1] or self._unknown_key(),
                 expected=f"{need.missing} more bytes" if rest else "more bytes",
                 got="the end",
             )
@@ -491,7 +493,7 @@ class StreamReader:
             self._candidates.remove((at, length))
             description = split.try_vmdesc(self._kept[at + 6 : end])
             if description is not None:
-                self._split(at, end, description)
+                self._split(at, description)
                 return
             self._tried += 1
             if self._tried > split.MAX_CANDIDATES:
@@ -499,15 +501,22 @@ class StreamReader:
         if len(self._kept) > self.limits.unknown:
             raise self._unknown_error("the sections from the first unknown one on are too long")
 
-    def _unknown_error(self, message: str) -> MigrationError:
-        head = split.section_head(memoryview(bytes(self._kept[:300])), 0)
-        return MigrationError(
-            message, offset=self._kept_at, section=f"{head[1]}/{head[2]}" if head else None,
-            expected=f"at most {self.limits.unknown:#x} bytes until the end of the stream", got=len(self._kept),
-        )  # fmt: skip
+    def _unknown_key(self) -> str | None:
+        """The first section that nobody described."""
+        head = split.section_head(memoryview(bytes(self._kept[:300])), 0) if self._kept else None
+        return f"{head[1]}/{head[2]}" if head else None
 
-    def _split(self, eof: int, end: int, description: dict[str, Any]) -> None:
-        """The kept bytes as records: sections up to ``eof``, the vmdesc up to ``end``."""
+    def _unknown_error(self, message: str) -> MigrationError:
+        return MigrationError(
+            message,
+            offset=self._kept_at,
+            section=self._unknown_key(),
+            expected=f"at most {self.limits.unknown:#x} bytes until the end of the stream",
+            got="more",
+        )
+
+    def _split(self, eof: int, description: dict[str, Any]) -> None:
+        """The kept bytes up to ``eof`` as records; what follows is read as usual."""
         data = memoryview(bytes(self._kept))
         raw_sections = split.split_by_vmdesc(data[:eof], description, self._kept_at)
         self._buffer, self._pos, self.offset = data, 0, self._kept_at
