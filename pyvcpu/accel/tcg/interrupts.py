@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pyvcpu.accel.tcg import flags
 from pyvcpu.accel.tcg.builder import MASK
-from pyvcpu.accel.tcg.helpers.operands import is_canonical, segment_base, stack_pointer, store_frame
+from pyvcpu.accel.tcg.frames import is_canonical, segment_base, stack_pointer, store_frame
 from pyvcpu.cpu import events, segments
 from pyvcpu.cpu.events import GP, NP, TS, GuestException, is_double_fault
 from pyvcpu.cpu.layout import CS, RSP, SS, TR

@@ -8,16 +8,9 @@ from iced_x86 import Mnemonic, OpKind
 
 from pyvcpu.accel.tcg import flags
 from pyvcpu.accel.tcg.builder import MASK
+from pyvcpu.accel.tcg.frames import is_canonical, stack_pointer
 from pyvcpu.accel.tcg.helpers import helper
-from pyvcpu.accel.tcg.helpers.operands import (
-    is_canonical,
-    operand_size,
-    pop_values,
-    push_values,
-    set_stack_pointer,
-    stack_pointer,
-    unsupported,
-)
+from pyvcpu.accel.tcg.helpers.operands import operand_size, pop_values, push_values, set_stack_pointer, unsupported
 from pyvcpu.accel.tcg.helpers.segment import (
     EFER_LMA,
     check_stack_descriptor,

@@ -8,15 +8,9 @@ from iced_x86 import Mnemonic
 
 from pyvcpu.accel.tcg import flags
 from pyvcpu.accel.tcg.builder import MASK, Reg
+from pyvcpu.accel.tcg.frames import stack_pointer
 from pyvcpu.accel.tcg.helpers import helper
-from pyvcpu.accel.tcg.helpers.operands import (
-    pop_values,
-    push_values,
-    read_register,
-    set_stack_pointer,
-    stack_pointer,
-    write_register,
-)
+from pyvcpu.accel.tcg.helpers.operands import pop_values, push_values, read_register, set_stack_pointer, write_register
 from pyvcpu.accel.tcg.helpers.segment import refuse_v86
 from pyvcpu.cpu.events import GP, GuestException
 from pyvcpu.cpu.layout import RAX

@@ -7,15 +7,9 @@ from typing import TYPE_CHECKING
 from iced_x86 import Mnemonic, OpKind, Register
 
 from pyvcpu.accel.tcg.builder import MASK, REGISTERS, SEGMENTS
+from pyvcpu.accel.tcg.frames import linear, stack_pointer
 from pyvcpu.accel.tcg.helpers import helper
-from pyvcpu.accel.tcg.helpers.operands import (
-    linear,
-    memory_offset,
-    operand_size,
-    pop_values,
-    set_stack_pointer,
-    stack_pointer,
-)
+from pyvcpu.accel.tcg.helpers.operands import memory_offset, operand_size, pop_values, set_stack_pointer
 from pyvcpu.accel.tcg.helpers.segment import move_segment, pop_segment, push_segment
 from pyvcpu.accel.tcg.helpers.system import move_control, move_debug
 from pyvcpu.cpu.events import UD, GuestException

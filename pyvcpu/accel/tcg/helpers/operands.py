@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NoReturn
 from iced_x86 import MemorySize, MemorySizeExt, OpKind, Register
 
 from pyvcpu.accel.tcg.builder import IMMEDIATES, MASK, REGISTERS, SEGMENTS, Reg
+from pyvcpu.accel.tcg.frames import linear, segment_base, stack_pointer, store_frame
 from pyvcpu.cpu.events import GP, GuestException
-from pyvcpu.cpu.events import SS as STACK_FAULT
-from pyvcpu.cpu.layout import FS, GS, RSP, SS
+from pyvcpu.cpu.layout import RSP, SS
 from pyvcpu.errors import UnsupportedInstruction
 
 if TYPE_CHECKING:
@@ -51,18 +51,6 @@ def write_register(e: TcgEngine, reg: Reg, value: int) -> None:
     else:
         old = e.state.regs[reg.number]
         e.state.regs[reg.number] = old & ~(mask << reg.low) | (value & mask) << reg.low
-
-
-def segment_base(e: TcgEngine, segment: int) -> int:
-    """Base of a segment; in 64-bit code only FS and GS have one."""
-    if e.mode.bits == 64 and segment not in (FS, GS):
-        return 0
-    return int(e.state.seg_base[segment])
-
-
-def linear(e: TcgEngine, segment: int, offset: int) -> int:
-    """Linear address of an offset."""
-    return (segment_base(e, segment) + offset) & (MASK[64] if e.mode.bits == 64 else MASK[32])
 
 
 def address_width(insn: Insn) -> int:
@@ -124,11 +112,6 @@ def write_operand(e: TcgEngine, insn: Insn, i: int, value: int) -> None:
 # -- the stack --------------------------------------------------------------------------------
 
 
-def stack_pointer(e: TcgEngine) -> int:
-    """RSP, ESP or SP, by the stack's width."""
-    return int(e.state.regs[RSP] & MASK[e.mode.stack])
-
-
 def set_stack_pointer(e: TcgEngine, value: int) -> None:
     write_register(e, Reg(RSP, e.mode.stack, 0), value)
 
@@ -149,34 +132,3 @@ def push_values(e: TcgEngine, size: int, values: Sequence[int]) -> None:
     top = stack_pointer(e)
     store_frame(e, segment_base(e, SS), top, e.mode.stack, size, values, False)
     set_stack_pointer(e, top - size * len(values))
-
-
-def store_frame(
-    e: TcgEngine, base: int, top: int, width: int, size: int, values: Sequence[int], supervisor: bool, code: int = 0
-) -> None:
-    """Store ``values`` below ``top``, the first highest, as pushes would; nothing is stored if any store faults.
-
-    ``width`` is that of the stack pointer in bits. ``code`` is the error code of #SS for an address that
-    is not canonical.
-    """
-    length = size * len(values)
-    bottom = (top - length) & MASK[width]
-    limit = MASK[64] if width == 64 else MASK[32]
-    if width == 64:
-        first, last = base + bottom, (base + bottom + length - 1) & limit
-        if not (is_canonical(first) and is_canonical(last)):
-            raise GuestException(STACK_FAULT, code)
-    if bottom + length <= MASK[width] + 1:
-        data = b"".join((v & MASK[8 * size]).to_bytes(size, "little") for v in reversed(values))
-        e.mmu.write_bytes((base + bottom) & limit, data, supervisor)
-        return
-    places = [(base + (top - (i + 1) * size & MASK[width])) & limit for i in range(len(values))]
-    for place in places:
-        e.mmu.check_write(place, size, supervisor)
-    for place, value in zip(places, values, strict=True):
-        e.mmu.write(place, size, value & MASK[8 * size], supervisor)
-
-
-def is_canonical(address: int) -> bool:
-    """Bits 63 to 47 all equal (48-bit linear addresses)."""
-    return address >> 47 in (0, 0x1FFFF)

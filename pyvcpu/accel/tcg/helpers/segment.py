@@ -8,16 +8,15 @@ from iced_x86 import Mnemonic, OpKind, Register
 
 from pyvcpu.accel.tcg import flags
 from pyvcpu.accel.tcg.builder import MASK, REGISTERS, SEGMENTS
+from pyvcpu.accel.tcg.frames import linear, stack_pointer
 from pyvcpu.accel.tcg.helpers import helper
 from pyvcpu.accel.tcg.helpers.operands import (
-    linear,
     memory_offset,
     operand_size,
     pop_values,
     push_values,
     read_operand,
     require_cpl0,
-    stack_pointer,
     unsupported,
     write_operand,
     write_register,

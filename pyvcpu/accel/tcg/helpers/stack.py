@@ -8,6 +8,7 @@ from iced_x86 import Code, Mnemonic
 
 from pyvcpu.accel.tcg import flags
 from pyvcpu.accel.tcg.builder import MASK, Reg
+from pyvcpu.accel.tcg.frames import stack_pointer
 from pyvcpu.accel.tcg.helpers import helper
 from pyvcpu.accel.tcg.helpers.operands import (
     effective_address,
@@ -17,7 +18,6 @@ from pyvcpu.accel.tcg.helpers.operands import (
     read_operand,
     set_stack_pointer,
     stack_address,
-    stack_pointer,
     write_register,
 )
 from pyvcpu.cpu.events import BR, GP, GuestException

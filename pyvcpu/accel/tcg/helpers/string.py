@@ -19,9 +19,10 @@ from iced_x86 import Mnemonic, OpKind
 
 from pyvcpu.accel.tcg import flags
 from pyvcpu.accel.tcg.builder import MASK, SEGMENTS, Reg
+from pyvcpu.accel.tcg.frames import segment_base
 from pyvcpu.accel.tcg.helpers import helper
 from pyvcpu.accel.tcg.helpers.io import check_port
-from pyvcpu.accel.tcg.helpers.operands import segment_base, write_register
+from pyvcpu.accel.tcg.helpers.operands import write_register
 from pyvcpu.accel.tcg.mmu import SlowAccess
 from pyvcpu.cpu.events import GuestException
 from pyvcpu.cpu.layout import ES, RAX, RCX, RDI, RDX, RSI

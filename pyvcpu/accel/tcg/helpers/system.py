@@ -9,15 +9,9 @@ from iced_x86 import Code, Mnemonic, Register
 
 from pyvcpu.accel.tcg import flags
 from pyvcpu.accel.tcg.builder import MASK
+from pyvcpu.accel.tcg.frames import is_canonical
 from pyvcpu.accel.tcg.helpers import helper
-from pyvcpu.accel.tcg.helpers.operands import (
-    effective_address,
-    is_canonical,
-    read_operand,
-    require_cpl0,
-    unsupported,
-    write_operand,
-)
+from pyvcpu.accel.tcg.helpers.operands import effective_address, read_operand, require_cpl0, unsupported, write_operand
 from pyvcpu.accel.tcg.mmu import PHYSICAL_BITS
 from pyvcpu.cpu import segments
 from pyvcpu.cpu.events import GP, UD, GuestException
