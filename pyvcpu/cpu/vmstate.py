@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyvcpu.cpu import layout
 from pyvcpu.cpu.hflags import SHADOW, compute_hflags, hflags_difference, hflags_of
+from pyvcpu.cpu.injection import NOT_RESTARTED
 from pyvcpu.cpu.layout import CS, DS, ES, LDTR, MP_HALTED, MP_RUNNABLE, SEG_NAMES, SS, TR
 from pyvcpu.migration.vmstate.description import (
     SUBSECTIONS,
@@ -289,7 +290,7 @@ def _check(values: Values, ctx: LoadContext) -> None:
     _check_control(values)
     _check_segments(values)
     _check_addresses(values)
-    _check_events(values)
+    _check_events(values, ctx)
     _check_vectors(values)
     hflags = values["hflags"]
     segs = values["segs"]
@@ -394,13 +395,21 @@ def _check_addresses(values: Values) -> None:
             raise refuse(path, "an address is not canonical", "bits 63 to 47 equal", value)
 
 
-def _check_events(values: Values) -> None:
+def _check_events(values: Values, ctx: LoadContext) -> None:
     _one_of(values, "mp_state", (MP_RUNNABLE, MP_HALTED), "a single CPU is either runnable or halted")
     _one_of(values, "interrupt_injected", range(-1, 256), "an interrupt vector is out of range")
     _one_of(values, "exception_nr", range(-1, 32), "an exception vector is out of range")
+    if values["exception_nr"] in NOT_RESTARTED:
+        raise refuse(
+            "exception_nr", "this exception was being delivered and cannot begin again", -1, values["exception_nr"]
+        )
     for name in ("soft_interrupt", "nmi_injected", "nmi_pending", "has_error_code"):
         _one_of(values, name, (0, 1), "a flag is neither 0 nor 1")
     _one_of(values, "sipi_vector", range(256), "a start-up vector is out of range")
+    vector, apic = values["interrupt_injected"], ctx.sections.get("apic/0")
+    if vector >= 0 and not values["soft_interrupt"] and apic and not apic["isr"][vector >> 5] >> (vector & 31) & 1:
+        message = "an interrupt was being delivered that is not the local APIC's"
+        raise refuse("interrupt_injected", message, "a vector in service", vector)
     _bits(values, "hflags2", HFLAGS2_BITS, "hflags2")
     if not values["hflags2"] & HF2_GIF:
         raise refuse("hflags2", "GIF is 0: no interrupt would ever be taken", values["hflags2"] | 1, values["hflags2"])
@@ -613,6 +622,15 @@ def _load_common(common: CpuCommon, values: Values, ctx: LoadContext) -> None:
         common.cpu.nmi_pending = 1
 
 
+TCG_EXIT_REASONS = range(0x10000, 0x10006)
+"""exception_index also says why TCG's loop ended last (interrupted, HLT, ...): no exception."""
+
+
+def _check_exception_index(values: Values, ctx: LoadContext) -> None:
+    if values["exception_index"] not in TCG_EXIT_REASONS:
+        _one_of(values, "exception_index", range(-1, 32), "an exception vector is out of range")
+
+
 _EXCEPTION_INDEX = Description(
     "cpu_common/exception_index",
     1,
@@ -620,14 +638,14 @@ _EXCEPTION_INDEX = Description(
     # TCG's own pending exception; ours are always delivered before a state is saved, unless KVM left one.
     needed=lambda common, ctx: not ctx.to_kvm and common.cpu.exception_nr >= 0,
     pre_save=lambda common, ctx: {"exception_index": int(common.cpu.exception_nr)},
-    check=lambda values, ctx: _one_of(values, "exception_index", range(-1, 32), "an exception vector is out of range"),
+    check=_check_exception_index,
     post_load=lambda common, values, ctx: _load_exception_index(common.cpu, values["exception_index"]),
 )
 
 
 def _load_exception_index(cpu: CpuState, vector: int) -> None:
-    cpu.exception_nr = vector
-    cpu.exception_injected = 1 if vector >= 0 else 0
+    cpu.exception_nr = -1 if vector in TCG_EXIT_REASONS else vector
+    cpu.exception_injected = 1 if cpu.exception_nr >= 0 else 0
 
 
 CPU_COMMON = Description(

@@ -6,16 +6,18 @@ import json
 
 import pytest
 
+from pyvcpu.apic.local import LocalApic
 from pyvcpu.apic.vmstate import APIC
 from pyvcpu.clock import make_clock
+from pyvcpu.cpu.layout import MP_HALTED
 from pyvcpu.cpu.state import CpuState
-from pyvcpu.cpu.vmstate import CPU, CPU_COMMON, from_kvm
+from pyvcpu.cpu.vmstate import CPU, CPU_COMMON, CpuCommon, from_kvm, guest_tsc
 from pyvcpu.devices.vmstate import SERIAL
 from pyvcpu.errors import MigrationError
-from pyvcpu.machine.vmstate import GLOBALSTATE, KVM_TPR_OPT, TIMER
-from pyvcpu.migration.vmstate.codec import decode_section
+from pyvcpu.machine.vmstate import GLOBALSTATE, KVM_TPR_OPT, TIMER, Timers
+from pyvcpu.migration.vmstate.codec import decode_section, load_sections
 from pyvcpu.migration.vmstate.compat import differences, incompatibilities
-from pyvcpu.migration.vmstate.description import Description, LoadContext, SaveContext
+from pyvcpu.migration.vmstate.description import Description, LoadContext, SaveContext, SectionEntry
 from pyvcpu.migration.vmstate.fields import Values
 from tests import streams
 
@@ -96,6 +98,20 @@ def test_a_reset_cpu_is_qemus_reset_cpu():
     changed = {d.path for d in differences(ours, decode("microvm-7.2-serial-tcg", CPU))}
     assert changed == {"regs[0]", "regs[2]", "eip", "segs[1]/base", "segs[1]/flags", "xstate_bv"} & changed
     assert {"regs[0]", "eip"} <= changed
+
+
+def test_a_running_timer_is_due_when_qemu_meant_it():
+    sections = everything("microvm-7.2-ticker-tcg")
+    clock = make_clock("icount")
+    cpu, apic = CpuState(), LocalApic(clock)
+    entries = [SectionEntry(TIMER, 0, Timers(clock, cpu)), SectionEntry(APIC, 0, apic)]
+    entries += [SectionEntry(CPU_COMMON, 0, CpuCommon(cpu, apic)), SectionEntry(CPU, 0, cpu)]
+    load_sections(entries, sections, LoadContext(clock=clock))
+    assert clock.now() == 3_446_944_223
+    assert clock.next_deadline() == 3_447_009_481
+    assert apic.read(0x390, 4) == 999_999 - (3_446_944_223 - 9_481) % 1_000_000
+    assert cpu.mp_state == MP_HALTED
+    assert guest_tsc(cpu, clock) == 8_512_427_585
 
 
 def test_the_accelerator_is_recognised():

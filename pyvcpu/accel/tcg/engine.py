@@ -35,6 +35,7 @@ from pyvcpu.accel.tcg.target.python import HelperCall
 from pyvcpu.apic.local import LocalApic
 from pyvcpu.clock import NEVER, Clock, IcountClock
 from pyvcpu.cpu.events import DB, NMI, UD, GuestException
+from pyvcpu.cpu.injection import restart_events
 from pyvcpu.cpu.layout import CS, DS, ES, MP_HALTED, MP_RUNNABLE, SS
 from pyvcpu.cpu.state import CpuState
 from pyvcpu.errors import UnsupportedInstruction
@@ -87,6 +88,7 @@ class TcgEngine(Accelerator):
 
     def load_state(self) -> None:
         """CpuState -> engine: the state was written from outside."""
+        restart_events(self.state, self.apic)
         self._take_flags(self.state.rflags)
         self.cache.drop_jumps()
         self.mode_changed()

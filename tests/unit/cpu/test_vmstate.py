@@ -292,6 +292,7 @@ def broken(**change):
         ({"mp_state": 0xFFFFFFFF}, "mp_state"),
         ({"exception_nr": 32}, "exception_nr"),
         ({"exception_nr": -2}, "exception_nr"),
+        ({"exception_nr": 1}, "exception_nr"),  # RIP may be past what raised it
         ({"interrupt_injected": 256}, "interrupt_injected"),
         ({"nmi_pending": 2}, "nmi_pending"),
         ({"sipi_vector": 256}, "sipi_vector"),
@@ -401,6 +402,29 @@ def test_a_request_without_a_vector_is_refused():
 def test_other_requests_are_refused(values):
     with pytest.raises(MigrationError):
         CPU_COMMON.check({"halted": 0, "interrupt_request": 0} | values, LoadContext())
+
+
+def test_why_tcgs_loop_ended_is_no_exception():
+    values = {
+        "halted": 1,
+        "interrupt_request": 0,
+        "subsections": {"cpu_common/exception_index": {"exception_index": 0x10003}},
+    }
+    target = common()
+    CPU_COMMON.load(target, values, LoadContext())
+    assert target.cpu.exception_nr == -1
+    values["subsections"]["cpu_common/exception_index"]["exception_index"] = 99
+    with pytest.raises(MigrationError):
+        CPU_COMMON.check(values, LoadContext())
+
+
+def test_an_interrupt_being_delivered_must_be_in_service():
+    values = broken(interrupt_injected=0x41)
+    CPU.check(values, LoadContext())
+    with pytest.raises(MigrationError, match="local APIC"):
+        CPU.check(values, LoadContext(sections={"apic/0": {"isr": [0] * 8}}))
+    CPU.check(values, LoadContext(sections={"apic/0": {"isr": [0, 0, 2] + [0] * 5}}))
+    CPU.check(broken(interrupt_injected=0x41, soft_interrupt=1), LoadContext(sections={"apic/0": {"isr": [0] * 8}}))
 
 
 def test_tcgs_pending_exception():
