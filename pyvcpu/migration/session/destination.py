@@ -317,9 +317,10 @@ class DestinationSession:
         cancelled = self._cancelled.is_set()
         if cancelled:
             error = MigrationCancelled("the migration was cancelled")
-        elif self._reply and not isinstance(error, ChannelError):
+        elif self.channel.duplex and not isinstance(error, ChannelError):
             with contextlib.suppress(ChannelError):
-                if self._peer:
+                # A QEMU that has opened the return path would not know our message; one that has not does not listen.
+                if self._peer or not self._reply:
                     self.channel.write(return_path.message(Refusal(str(error)).to_message()))
                 self.channel.write(return_path.shut(1))
                 self.channel.finish()
