@@ -23,6 +23,8 @@ import threading
 from types import TracebackType
 from typing import NoReturn
 
+from iced_x86 import FlowControl, Mnemonic
+
 from pyvcpu.accel.base import Accelerator, Exit
 from pyvcpu.accel.tcg import flags
 from pyvcpu.accel.tcg.builder import Mode
@@ -323,6 +325,10 @@ class TcgEngine(Accelerator):
             return
         if result.__class__ is HelperCall:
             self._help(result.insn, 1)
+            if result.insn.flow == FlowControl.INTERRUPT:  # a handler starts without the trap (SDM 3B 17.3.1.4)
+                trap &= state.rflags
+            elif state.interrupt_shadow and result.insn.mnemonic != Mnemonic.STI:  # a load of SS holds it back
+                trap = 0
         else:
             clock.instructions += 1
             state.rip = result

@@ -35,6 +35,10 @@ _MASK64 = (1 << 64) - 1
 _OFFSET = PAGE_SIZE - 1
 
 
+SLOW_PAGES = 64
+"""Pages remembered as slow before the memory is cleared, so that none is slow for ever."""
+
+
 class SlowAccess(Exception):
     """This access needs the slow path."""
 
@@ -66,6 +70,7 @@ class Mmu:
         self._stores = (Tlb(lambda p: self._fill(p, True, False)), Tlb(lambda p: self._fill(p, True, True)))
         self._fetches = (Tlb(lambda p: 0), Tlb(lambda p: 0))  # filled by fetch_page, which has the address
         self.loads, self.stores = self._loads[0], self._stores[0]
+        self._slow: set[int] = set()  # linear pages that no entry could be made for; a hint only
         self.bytes, self.view64 = ram.view8, ram.view64
         ram.add_trap_listener(self.drop_stores)
 
@@ -83,6 +88,7 @@ class Mmu:
         """Forget all translations (MOV CR3 and its kin)."""
         for tlb in (*self._loads, *self._stores, *self._fetches):
             tlb.clear()
+        self._slow.clear()
         self.flushed()
 
     def invlpg(self, linear: int) -> None:
@@ -233,6 +239,9 @@ class Mmu:
 
     def read(self, linear: int, size: int, supervisor: bool = False) -> int:
         """An unsigned little-endian item of ``size`` bytes; both pages are checked before MMIO is touched."""
+        at = self._loadable(linear, size, supervisor)
+        if at >= 0:
+            return int.from_bytes(self.bytes[at : at + size], "little")
         value = shift = 0
         for gpa, count in self._parts(linear, size, False, supervisor):
             value |= self.bus.read(gpa, count) << shift
@@ -242,12 +251,19 @@ class Mmu:
     def write(self, linear: int, size: int, value: int, supervisor: bool = False) -> None:
         """The opposite of :meth:`read`; nothing is written if any page faults."""
         value &= (1 << 8 * size) - 1
+        at = self._storable(linear, size, supervisor)
+        if at >= 0:
+            self.bytes[at : at + size] = value.to_bytes(size, "little")
+            return
         for gpa, count in self._parts(linear, size, True, supervisor):
             self._write_physical(gpa, count, value & (1 << 8 * count) - 1)
             value >>= 8 * count
 
     def read_bytes(self, linear: int, size: int, supervisor: bool = False) -> bytes:
         """``size`` bytes from ``linear`` on; raises before anything is read if any page faults."""
+        at = self._loadable(linear, size, supervisor)
+        if at >= 0:
+            return bytes(self.bytes[at : at + size])
         out = bytearray()
         for gpa, count in self._parts(linear, size, False, supervisor):
             offset = self.bus.lookup_page(gpa >> PAGE_SHIFT)
@@ -260,12 +276,42 @@ class Mmu:
 
     def write_bytes(self, linear: int, data: bytes, supervisor: bool = False) -> None:
         """The opposite of :meth:`read_bytes`; nothing is written if any page faults."""
+        at = self._storable(linear, len(data), supervisor)
+        if at >= 0:
+            self.bytes[at : at + len(data)] = data
+            return
         at = 0
         for gpa, count in self._parts(linear, len(data), True, supervisor):
             for i in range(0, count, 8):
                 piece = data[at + i : at + min(i + 8, count)]
                 self._write_physical(gpa + i, len(piece), int.from_bytes(piece, "little"))
             at += count
+
+    def _loadable(self, linear: int, size: int, supervisor: bool) -> int:
+        """Byte offset in RAM of an access within one page that the TLB has, or can have; else -1. Raises nothing."""
+        return self._reachable(self._loads[self.user and not supervisor], linear, size)
+
+    def _storable(self, linear: int, size: int, supervisor: bool) -> int:
+        """As :meth:`_loadable`, for a store."""
+        return self._reachable(self._stores[self.user and not supervisor], linear, size)
+
+    def _reachable(self, tlb: Tlb, linear: int, size: int) -> int:
+        linear &= _MASK64 if self.long else 0xFFFFFFFF
+        if (linear & _OFFSET) + size > PAGE_SIZE:
+            return -1
+        page = linear >> PAGE_SHIFT
+        delta = tlb.get(page)
+        if delta is None:
+            if page in self._slow:  # lately it was a device's or held code: do not walk for it twice
+                return -1
+            try:
+                delta = tlb[page]
+            except SlowAccess:
+                if len(self._slow) >= SLOW_PAGES:
+                    self._slow.clear()
+                self._slow.add(page)
+                return -1
+        return delta + linear
 
     def check_write(self, linear: int, size: int, supervisor: bool = False) -> None:
         """Raise what a write there would raise; writes nothing but accessed and dirty flags."""

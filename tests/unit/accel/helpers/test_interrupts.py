@@ -422,3 +422,22 @@ def test_single_steps_count_every_instruction() -> None:
         trace.append(box.state.rip)
     assert trace == [0x9000, CODE + 1, 0x9000, CODE + 2, 0x9000, CODE + 3]
     assert box.state.dr[6] & 1 << 14
+
+
+def test_software_interrupts_and_loads_of_ss_hold_the_single_step_back() -> None:
+    box = Box().long_mode()
+    box.gate64(1, 0x9000)
+    box.gate64(0x80, 0x9100)
+    box.put(0x9100, "90")
+    box.put(CODE, "8ed090cd80")
+    box.state.regs[0] = KERNEL_DS
+    box.engine.set_rflags(flags.TF)
+    box.engine.run(1)
+    assert (box.state.rip, box.state.interrupt_shadow) == (CODE + 2, 1)
+    box.engine.run(2)
+    assert box.state.rip == 0x9000
+    assert box.frame(1) == [CODE + 3]
+    box.put(0x9000, "48cf")
+    box.engine.run(4)
+    assert box.state.rip == 0x9100
+    assert not box.state.rflags & flags.TF
