@@ -145,6 +145,7 @@ def test_a_migrated_run_ends_as_the_run_that_never_moved(
                 break
         else:
             copy_over(machine, target, pieces)
+        assert end_of(target, output) == end_of(machine, output)  # and now, not only at the end
         machine.close()
         machine = target
     run_to(machine, expected.instructions + 1)
