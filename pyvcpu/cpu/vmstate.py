@@ -15,19 +15,18 @@ The layout and the names are those that QEMU 7.2 and 10.0 print in their vmdesc.
     which. A guest TSC in ``tsc`` is a mark of KVM: under TCG the TSC lies in ``timer``.
   - xstate_bv: TCG sends 0 and ignores it, KVM throws away x87 and SSE state for it. We send at least 3.
 
-``CpuState.rflags`` must be whole (the engine's ``save_state()``) before anything is saved.
+What is refused before anything is loaded stands in :mod:`pyvcpu.cpu.validity`. ``CpuState.rflags`` must be whole (the engine's ``save_state()``) before anything is saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pyvcpu.cpu import layout
-from pyvcpu.cpu.hflags import SHADOW, compute_hflags, hflags_difference, hflags_of
-from pyvcpu.cpu.injection import NOT_RESTARTED
-from pyvcpu.cpu.layout import CS, DS, ES, LDTR, MP_HALTED, MP_RUNNABLE, SEG_NAMES, SS, TR
+from pyvcpu.cpu.hflags import SHADOW, hflags_of
+from pyvcpu.cpu.layout import LDTR, MP_HALTED, TR
+from pyvcpu.cpu.validity import HF2_NMI, SEG_FLAGS_BITS, check_cpu, one_of, only_bits, segments_of
 from pyvcpu.migration.vmstate.description import (
     SUBSECTIONS,
     Description,
@@ -45,25 +44,6 @@ TSC_KHZ = 1_000_000
 """1 TSC tick is 1 ns on both clocks."""
 
 _MASK64 = (1 << 64) - 1
-
-# -- what an engine of ours can hold (SDM 3A 2.5; what is not there is refused, not dropped)
-
-CR0_BITS = 0xE005003F  # PE MP EM TS ET NE WP AM NW CD PG
-CR4_BITS = 0x000007FC  # TSD DE PSE PAE MCE PGE PCE OSFXSR OSXMMEXCPT
-EFER_BITS = 0xD01  # SCE LME LMA NXE
-DR7_BREAKPOINTS = 0x20FF  # L0 to G3, GD
-RFLAGS_BITS = 0x3F7FD7
-HFLAGS2_BITS = 0x185  # GIF, NMI, IGNNE, VGIF; the others belong to nested guests, SMM and MPX
-HF2_GIF, HF2_NMI = 1 << 0, 1 << 2
-SEG_FLAGS_BITS = 0x00FFFF00  # 16-19 are bits of the limit, kept though they mean nothing here
-MAXPHYADDR = 40
-
-_PE, _PG = 1 << 0, 1 << 31
-_PAE = 1 << 5
-_LME, _LMA = 1 << 8, 1 << 10
-_VM = 1 << 17
-_SEG_P, _SEG_S, _SEG_L, _SEG_D = 1 << 15, 1 << 12, 1 << 21, 1 << 22
-
 
 # -- the layout
 
@@ -183,14 +163,6 @@ _PLAIN = {
     **{name: name for name in _SAME},
 }
 
-_SEGMENT_PATHS = (*(f"segs[{i}]" for i in range(6)), "ldt", "tr")
-"""The field paths of the segments in the order of CpuState."""
-
-
-def _segments(values: Values) -> Iterator[tuple[str, Values]]:
-    yield from zip(_SEGMENT_PATHS, [*values["segs"], values["ldt"], values["tr"]], strict=True)
-
-
 # -- save
 
 
@@ -257,7 +229,7 @@ def _post_load(cpu: CpuState, values: Values, ctx: LoadContext) -> None:
     for i, register in enumerate(values["fpregs"]):
         cpu.st_mantissa[(i + turn) & 7] = register["tmp_mant"]
         cpu.st_exponent[(i + turn) & 7] = register["tmp_exp"]
-    for i, (_, segment) in enumerate(_segments(values)):
+    for i, (_, segment) in enumerate(segments_of(values)):
         cpu.seg_selector[i] = segment["selector"]
         cpu.seg_base[i] = segment["base"]
         cpu.seg_limit[i] = segment["limit"]
@@ -281,151 +253,6 @@ def _post_load(cpu: CpuState, values: Values, ctx: LoadContext) -> None:
 
 def _signed64(value: int) -> int:
     return ((value + (1 << 63)) & _MASK64) - (1 << 63)
-
-
-# -- what cannot be the state of a CPU
-
-
-def _check(values: Values, ctx: LoadContext) -> None:
-    _check_control(values)
-    _check_segments(values)
-    _check_addresses(values)
-    _check_events(values, ctx)
-    _check_vectors(values)
-    hflags = values["hflags"]
-    segs = values["segs"]
-    computed = compute_hflags(
-        cr0=values["cr0"],
-        cr4=values["cr4"],
-        efer=values["efer"],
-        rflags=values["eflags"],
-        cs_flags=segs[CS]["flags"],
-        ss_flags=segs[SS]["flags"],
-        data_bases=segs[DS]["base"] | segs[ES]["base"] | segs[SS]["base"],
-        dr7=values["dr"][7],
-        xcr0=values["xcr0"],
-        shadow=bool(hflags & SHADOW),
-    )
-    if hflags_difference(hflags, computed, values["eflags"]):
-        raise refuse("hflags", "hflags contradict CR0, CR4, EFER, EFLAGS and the segments", computed, hflags)
-
-
-def _bits(values: Values, name: str, allowed: int, what: str) -> None:
-    """Only bits of ``allowed`` may be set."""
-    if values[name] & ~allowed:
-        raise refuse(
-            name, f"{what} has bits that this CPU does not have", f"none of {~allowed & _MASK64:#x}", values[name]
-        )
-
-
-def _one_of(values: Values, name: str, allowed: tuple[int, ...] | range, message: str) -> None:
-    if values[name] not in allowed:
-        if isinstance(allowed, range):
-            expected = f"{allowed.start} to {allowed.stop - 1}"
-        else:
-            expected = " or ".join(f"{v:#x}" if v > 9 else str(v) for v in allowed)
-        raise refuse(name, message, expected, values[name])
-
-
-def _check_control(values: Values) -> None:
-    cr0, cr4, efer, rflags = (values[name] for name in ("cr0", "cr4", "efer", "eflags"))
-    _bits(values, "cr0", CR0_BITS, "CR0")
-    _bits(values, "cr4", CR4_BITS, "CR4")
-    _bits(values, "efer", EFER_BITS, "EFER")
-    _bits(values, "eflags", RFLAGS_BITS, "RFLAGS")
-    if not rflags & 2:
-        raise refuse("eflags", "bit 1 of RFLAGS is always 1", rflags | 2, rflags)
-    if cr0 & _PG and not cr0 & _PE:
-        raise refuse("cr0", "paging needs protected mode", cr0 | _PE, cr0)
-    if bool(efer & _LMA) != bool(efer & _LME and cr0 & _PG):
-        raise refuse("efer", "LMA is set exactly when LME and paging are", efer ^ _LMA, efer)
-    if efer & _LMA and not cr4 & _PAE:
-        raise refuse("cr4", "long mode needs PAE", cr4 | _PAE, cr4)
-    if rflags & _VM and (not cr0 & _PE or efer & _LMA):
-        raise refuse("eflags", "virtual-8086 mode is part of 32-bit protected mode", rflags & ~_VM, rflags)
-    if values["cr3"] >> MAXPHYADDR:
-        raise refuse("cr3", "CR3 is beyond the physical address space", f"below 2**{MAXPHYADDR}", values["cr3"])
-    for i in (6, 7):
-        if values["dr"][i] >> 32:
-            raise refuse(f"dr[{i}]", f"the upper half of DR{i} is 0", values["dr"][i] & 0xFFFFFFFF, values["dr"][i])
-    if values["dr"][7] & DR7_BREAKPOINTS:
-        raise refuse("dr[7]", "hardware breakpoints are not there", values["dr"][7] & ~DR7_BREAKPOINTS, values["dr"][7])
-    _one_of(values, "a20_mask", (-1, -1 - (1 << 20)), "the A20 mask is neither open nor closed")
-
-
-def _check_segments(values: Values) -> None:
-    long_mode, protected = values["efer"] & _LMA, values["cr0"] & _PE
-    for index, (path, segment) in enumerate(_segments(values)):
-        if segment["selector"] > 0xFFFF:
-            raise refuse(f"{path}/selector", "a selector has 16 bits", "0 to 0xffff", segment["selector"])
-        # FS, GS, LDTR and TR have 64-bit bases; the others are 32 bits wide in every mode.
-        if index in (ES, CS, SS, DS) and segment["base"] >> 32:
-            raise refuse(f"{path}/base", f"the base of {SEG_NAMES[index]} has 32 bits", "below 2**32", segment["base"])
-    for table in ("gdt", "idt"):
-        for name in ("selector", "flags"):
-            if values[table][name]:
-                raise refuse(
-                    f"{table}/{name}", "a descriptor-table register has only base and limit", 0, values[table][name]
-                )
-        if values[table]["limit"] > 0xFFFF:
-            raise refuse(f"{table}/limit", "a table limit has 16 bits", "0 to 0xffff", values[table]["limit"])
-    cs = values["segs"][CS]["flags"]
-    if long_mode and cs & _SEG_L and cs & _SEG_D:
-        raise refuse("segs[1]/flags", "a 64-bit code segment has D = 0", cs & ~_SEG_D, cs)
-    if protected and not values["eflags"] & _VM and cs & (_SEG_P | _SEG_S) != _SEG_P | _SEG_S:
-        raise refuse("segs[1]/flags", "CS is not a code segment that is present", cs | _SEG_P | _SEG_S, cs)
-
-
-def _canonical(value: int) -> bool:
-    return value >> 47 in (0, 0x1FFFF)
-
-
-def _check_addresses(values: Values) -> None:
-    flat: list[tuple[str, int]] = [
-        (name, values[name]) for name in ("kernelgsbase", "lstar", "cstar", "sysenter_esp", "sysenter_eip")
-    ]
-    flat += [(f"{path}/base", segment["base"]) for path, segment in _segments(values)]
-    flat += [("gdt/base", values["gdt"]["base"]), ("idt/base", values["idt"]["base"])]
-    # RIP itself may be not canonical: SYSRET and falling through the edge fault at the next fetch.
-    wide = values["efer"] & _LMA and values["segs"][CS]["flags"] & _SEG_L
-    if not wide and values["eip"] >> 32:
-        raise refuse("eip", "EIP has 32 bits outside 64-bit mode", "below 2**32", values["eip"])
-    for path, value in flat:
-        if not _canonical(value):
-            raise refuse(path, "an address is not canonical", "bits 63 to 47 equal", value)
-
-
-def _check_events(values: Values, ctx: LoadContext) -> None:
-    _one_of(values, "mp_state", (MP_RUNNABLE, MP_HALTED), "a single CPU is either runnable or halted")
-    _one_of(values, "interrupt_injected", range(-1, 256), "an interrupt vector is out of range")
-    _one_of(values, "exception_nr", range(-1, 32), "an exception vector is out of range")
-    if values["exception_nr"] in NOT_RESTARTED:
-        raise refuse(
-            "exception_nr", "this exception was being delivered and cannot begin again", -1, values["exception_nr"]
-        )
-    for name in ("soft_interrupt", "nmi_injected", "nmi_pending", "has_error_code"):
-        _one_of(values, name, (0, 1), "a flag is neither 0 nor 1")
-    _one_of(values, "sipi_vector", range(256), "a start-up vector is out of range")
-    vector, apic = values["interrupt_injected"], ctx.sections.get("apic/0")
-    if vector >= 0 and not values["soft_interrupt"] and apic and not apic["isr"][vector >> 5] >> (vector & 31) & 1:
-        message = "an interrupt was being delivered that is not the local APIC's"
-        raise refuse("interrupt_injected", message, "a vector in service", vector)
-    _bits(values, "hflags2", HFLAGS2_BITS, "hflags2")
-    if not values["hflags2"] & HF2_GIF:
-        raise refuse("hflags2", "GIF is 0: no interrupt would ever be taken", values["hflags2"] | 1, values["hflags2"])
-    if values["tsc_offset"]:
-        raise refuse("tsc_offset", "a nested guest's TSC offset is in force", 0, values["tsc_offset"])
-
-
-def _check_vectors(values: Values) -> None:
-    _one_of(values, "fpregs_format_vmstate", (0,), "the x87 registers are in a format of long ago")
-    _one_of(values, "fptag_vmstate", range(256), "the abridged x87 tag has 8 bits")
-    _one_of(values, "mxcsr", range(0x10000), "the upper half of MXCSR is 0")
-    _one_of(values, "xcr0", (1, 3, 7), "XCR0 enables what this CPU does not have")
-    _bits(values, "xstate_bv", 7, "XSTATE_BV")
-    for i in range(8):
-        if (values["pat"] >> (8 * i)) & 0xFF not in (0, 1, 4, 5, 6, 7):
-            raise refuse("pat", "a memory type in PAT does not exist", "each byte 0, 1 or 4 to 7", values["pat"])
 
 
 # -- subsections
@@ -460,7 +287,7 @@ def _register(
 
 def _check_exception_info(values: Values, ctx: LoadContext) -> None:
     for name in ("exception_pending", "exception_injected", "exception_has_payload"):
-        _one_of(values, name, (0, 1), "a flag is neither 0 nor 1")
+        one_of(values, name, (0, 1), "a flag is neither 0 nor 1")
 
 
 def _load_exception_info(cpu: CpuState, values: Values, ctx: LoadContext) -> None:
@@ -520,7 +347,7 @@ _TSC_KHZ = Description(
     [_env(I64, "tsc_khz")],
     needed=lambda cpu, ctx: ctx.to_kvm and ctx.machine != "none",
     pre_save=lambda cpu, ctx: {"tsc_khz": TSC_KHZ},
-    check=lambda values, ctx: _one_of(values, "tsc_khz", range(1, 1 << 32), "a TSC frequency (kHz) is out of range"),
+    check=lambda values, ctx: one_of(values, "tsc_khz", range(1, 1 << 32), "a TSC frequency (kHz) is out of range"),
     # The rate is ours; the TSC goes on from its value.
     post_load=lambda cpu, values, ctx: None,
 )
@@ -531,7 +358,7 @@ _TRIPLE_FAULT = Description(
     [_env(U8, "triple_fault_pending")],
     needed=lambda cpu, ctx: bool(cpu.shutdown),
     pre_save=lambda cpu, ctx: {"triple_fault_pending": int(cpu.shutdown)},
-    check=lambda values, ctx: _one_of(values, "triple_fault_pending", (0, 1), "a flag is neither 0 nor 1"),
+    check=lambda values, ctx: one_of(values, "triple_fault_pending", (0, 1), "a flag is neither 0 nor 1"),
     post_load=lambda cpu, values, ctx: setattr(cpu, "shutdown", values["triple_fault_pending"]),
     absent=lambda cpu, ctx: setattr(cpu, "shutdown", 0),
 )
@@ -551,7 +378,7 @@ CPU = Description(
     _FIELDS,
     minimum_version_id=11,
     pre_save=_pre_save,
-    check=_check,
+    check=check_cpu,
     post_load=_post_load,
     # In QEMU's order, in which they are sent.
     subsections=[
@@ -602,8 +429,8 @@ def _save_common(common: CpuCommon, ctx: SaveContext) -> Values:
 
 
 def _check_common(values: Values, ctx: LoadContext) -> None:
-    _one_of(values, "halted", (0, 1), "a flag is neither 0 nor 1")
-    _bits(values, "interrupt_request", _INTERRUPT_BITS, "interrupt_request")
+    one_of(values, "halted", (0, 1), "a flag is neither 0 nor 1")
+    only_bits(values, "interrupt_request", _INTERRUPT_BITS, "interrupt_request")
     apic = ctx.sections.get("apic/0")
     if values["interrupt_request"] & INTERRUPT_HARD and apic is not None and not any(apic["irr"]):
         raise refuse(
@@ -628,7 +455,7 @@ TCG_EXIT_REASONS = range(0x10000, 0x10006)
 
 def _check_exception_index(values: Values, ctx: LoadContext) -> None:
     if values["exception_index"] not in TCG_EXIT_REASONS:
-        _one_of(values, "exception_index", range(-1, 32), "an exception vector is out of range")
+        one_of(values, "exception_index", range(-1, 32), "an exception vector is out of range")
 
 
 _EXCEPTION_INDEX = Description(

@@ -7,7 +7,7 @@ import pytest
 from pyvcpu.accel.tcg.helpers import system
 from pyvcpu.accel.tcg.mmu import PHYSICAL_BITS
 from pyvcpu.clock import IcountClock
-from pyvcpu.cpu import msr, vmstate
+from pyvcpu.cpu import msr, validity
 from pyvcpu.cpu.layout import CS, FS, GS, MP_HALTED, MP_RUNNABLE, SS
 from pyvcpu.cpu.state import CpuState
 from pyvcpu.cpu.vmstate import (
@@ -333,11 +333,11 @@ def test_32_bit_code_has_a_32_bit_eip():
 
 
 def test_what_is_refused_is_what_the_engine_does_not_have():
-    assert vmstate.CR0_BITS == system.CR0_BITS
-    assert vmstate.CR4_BITS == system.CR4_BITS
-    assert vmstate.DR7_BREAKPOINTS == system.DR7_ENABLE | system.DR7_GD
-    assert vmstate.MAXPHYADDR == PHYSICAL_BITS
-    assert vmstate.EFER_BITS == msr.EFER_SCE | msr.EFER_LME | msr.EFER_LMA | msr.EFER_NXE
+    assert validity.CR0_BITS == system.CR0_BITS
+    assert validity.CR4_BITS == system.CR4_BITS
+    assert validity.DR7_BREAKPOINTS == system.DR7_ENABLE | system.DR7_GD
+    assert validity.MAXPHYADDR == PHYSICAL_BITS
+    assert validity.EFER_BITS == msr.EFER_SCE | msr.EFER_LME | msr.EFER_LMA | msr.EFER_NXE
 
 
 # -- cpu_common
