@@ -23,6 +23,7 @@ from pyvcpu.errors import ConfigurationError, PyvcpuError, UnsupportedInstructio
 from pyvcpu.machine import Machine
 from pyvcpu.migration.channel import listen
 from pyvcpu.migration.session import DestinationSession, MigrationParameters
+from pyvcpu.migration.snapshot import save_snapshot_file
 from pyvcpu.monitor.hmp import HumanMonitor
 from pyvcpu.options import add_machine_options, machine_of
 
