@@ -15,7 +15,8 @@ The layout and the names are those that QEMU 7.2 and 10.0 print in their vmdesc.
     which. A guest TSC in ``tsc`` is a mark of KVM: under TCG the TSC lies in ``timer``.
   - xstate_bv: TCG sends 0 and ignores it, KVM throws away x87 and SSE state for it. We send at least 3.
 
-What is refused before anything is loaded stands in :mod:`pyvcpu.cpu.validity`. ``CpuState.rflags`` must be whole (the engine's ``save_state()``) before anything is saved.
+What is refused before anything is loaded stands in :mod:`pyvcpu.cpu.validity`. ``CpuState.rflags`` must be
+whole (the engine's ``save_state()``) before anything is saved.
 """
 
 from __future__ import annotations
