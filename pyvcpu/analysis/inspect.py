@@ -207,19 +207,19 @@ def read_chunks(path: str) -> Iterator[bytes]:
 def inspect_file(path: str, page: tuple[str, int] | None = None) -> Inspection:
     """Read the stream in ``path``. ``page`` (block, address) is kept. ConfigurationError where there is no file.
 
-    A known section that does not decode is taken as unknown, so that the rest can be seen.
+    A known section that does not decode is taken as unknown, where that shows the rest.
     """
-    known = dict(KNOWN)
-    notes: list[str] = []
-    while True:
-        found = _inspect(read_chunks(path), known, page)
-        error = found.error
-        name = (error.section or "").rpartition("/")[0] if error and error.field else ""
-        if error is None or name not in known:
-            found.notes = notes
-            return found
-        notes.append(str(error))
+    first = found = _inspect(read_chunks(path), KNOWN, page)
+    known, notes = dict(KNOWN), []
+    while found.error is not None:
+        name = (found.error.section or "").rpartition("/")[0]
+        if name not in known:
+            return first
+        notes.append(str(found.error))
         del known[name]
+        found = _inspect(read_chunks(path), known, page)
+    found.notes = notes
+    return found
 
 
 def _inspect(chunks: Iterator[bytes], known: dict[str, Description], page: tuple[str, int] | None) -> Inspection:

@@ -522,6 +522,8 @@ class StreamReader:
         self._buffer, self._pos, self.offset = data, 0, self._kept_at
         self._kept = bytearray()
         for raw in raw_sections:
+            while self._pos < raw.start:
+                self._command()
             full, footer = self._raw_records(data, raw)
             if (raw.name, raw.instance_id) in self._seen:
                 raise MigrationError(

@@ -118,13 +118,19 @@ def section_head(data: memoryview, pos: int) -> tuple[int, str, int, int, int] |
 
 
 def split_by_vmdesc(data: memoryview, description: dict[str, Any], base: int) -> list[RawSection]:
-    """``data``: whole FULL sections, the first at byte ``base`` of the stream. MigrationError where they do not fit."""
+    """``data``: whole FULL sections and commands, from byte ``base`` of the stream on.
+
+    MigrationError where they do not fit; commands are for the caller to look at.
+    """
     devices = description.get("devices")
     if not isinstance(devices, list):
         raise MigrationError("the vmdesc lists no devices", section="vmdesc", field="devices", expected="a list")
     found: list[RawSection] = []
     pos, index = 0, 0
     while pos < len(data):
+        if data[pos] == RecordType.COMMAND and pos + 5 <= len(data):
+            pos += 5 + int.from_bytes(data[pos + 3 : pos + 5], "big")
+            continue
         head = section_head(data, pos) if data[pos] == RecordType.SECTION_FULL else None
         if head is None:
             raise MigrationError(

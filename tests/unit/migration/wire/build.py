@@ -82,8 +82,7 @@ def own_stream(
                 description.name, 0, description.version_id, description.encode(values), description.describe(values)
             )
         )
-    out.append(writer.ping() if unknown is None else b"")
-    out += [writer.eof(), writer.vmdesc(with_checksums=with_checksums)]
+    out += [writer.ping(), writer.eof(), writer.vmdesc(with_checksums=with_checksums)]
     return b"".join(out)
 
 
