@@ -28,7 +28,7 @@ class Field(NamedTuple):
 
     name: str
     type: str
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody needs
     offset: int
 
 

@@ -42,7 +42,7 @@ def _ctypes_fields() -> list[tuple[str, type]]:
         kind = _CTYPES[f.type]
         fields.append((f.name, kind if f.count == 1 else kind * f.count))
         at = f.offset + layout.TYPE_SIZES[f.type] * f.count
-    if STATE_SIZE > at:
+    if at < STATE_SIZE:
         fields.append(("_tail", ctypes.c_uint8 * (STATE_SIZE - at)))
     return fields
 
@@ -60,9 +60,9 @@ class CpuState(ctypes.Structure):
 
         def __getattr__(self, name: str) -> Any: ...
 
-    def record(self) -> np.ndarray:
+    def record(self) -> np.ndarray[Any, Any]:
         """The same bytes as a numpy record, shape (1,); a view, not a copy."""
-        return np.frombuffer(self, dtype=DTYPE)
+        return np.ndarray((1,), DTYPE, buffer=self)  # type: ignore[arg-type]  # a ctypes structure is a buffer
 
     def snapshot(self) -> bytes:
         """A copy of the block."""
@@ -113,4 +113,3 @@ class CpuState(ctypes.Structure):
         self.mcg_cap, self.mcg_ctl = 0x0100010A, (1 << 64) - 1
         for bank in range(10):
             self.mce_banks[4 * bank] = (1 << 64) - 1
-

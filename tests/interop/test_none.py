@@ -1,4 +1,4 @@
-"""``-M none`` between pyvcpu and Debian's QEMU 7.2, through files and live: the guest goes on, and its count with it."""
+"""``-M none`` between pyvcpu and Debian's QEMU 7.2, through files and live: the guest and its count go on."""
 
 from __future__ import annotations
 
@@ -129,7 +129,8 @@ def test_there_and_back(tmp_path: Path) -> None:
     first, last = counter(), empty()
     there, back = tmp_path / "there.sock", tmp_path / "back.sock"
     before = count(first)
-    with Qemu(tmp_path, *NONE, *MEMORY_OPTION, "-incoming", f"unix:{there}") as qemu, listen(f"unix:{back}") as listener:
+    waiting = Qemu(tmp_path, *NONE, *MEMORY_OPTION, "-incoming", f"unix:{there}")
+    with waiting as qemu, listen(f"unix:{back}") as listener:
         first.start()
         SourceSession(first, connect(f"unix:{there}"), PROFILE).run()
         qemu.wait_status("running")

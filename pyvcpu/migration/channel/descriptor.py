@@ -150,6 +150,8 @@ class DescriptorChannel(Channel):
             except OSError as error:
                 raise ChannelError(f"{self.uri}: read failed: {error.strerror or error}") from error
             if not data:
+                if self._waker.closed:
+                    raise closed_error(self.uri)
                 self._at_end()
             self.bytes_read += len(data)
             return data

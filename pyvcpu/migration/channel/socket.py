@@ -42,12 +42,11 @@ class SocketChannel(DescriptorChannel):
                     raise ChannelError(f"{self.uri}: shutdown failed: {error.strerror}") from error
 
     def close(self) -> None:
-        if self._waker.closed:
-            return
-        # The other end must see the close at once, though a thread of ours is still leaving.
+        # Closed first, so that no reader of ours takes the shutdown for the other end's; then the shutdown, so
+        # that the other end sees the close at once, though a thread of ours is still leaving.
         with contextlib.suppress(OSError, ChannelError), self._waker:
+            super().close()
             self._socket.shutdown(socket.SHUT_RDWR)
-        super().close()
 
     def _release(self) -> None:
         self._read_fd = self._write_fd = -1
