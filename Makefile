@@ -18,8 +18,9 @@ help:
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed ($(PYTHON) is not)"; exit 1; }
-	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || { echo "no venv module: apt install python3-venv"; rm -rf $(VENV); exit 1; }
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "Python's venv is not whole: apt install python3-venv"; exit 1; }
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $(READY)
 
@@ -45,4 +46,4 @@ guests: $(READY)
 	$(RUN) guests/build.py --check
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build *.egg-info .benchmarks .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
