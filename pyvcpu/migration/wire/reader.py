@@ -55,6 +55,7 @@ from pyvcpu.migration.wire.records import (
     SectionStart,
     Vmdesc,
 )
+from pyvcpu.migration.wire.unknown import UnknownSections
 
 Data: TypeAlias = bytes | bytearray | memoryview
 Lookup: TypeAlias = Callable[[str, int], Description | None]
@@ -122,9 +123,7 @@ class StreamReader:
         self._sums: dict[str, tuple[int, int]] = {}
         self._pages: checksums.PageSums | None = None
         self._eof: Eof | None = None
-        self._kept, self._kept_at = bytearray(), 0  # from the first unknown section on
-        self._scanned, self._tried = 0, 0
-        self._candidates: list[tuple[int, int]] = []
+        self._kept = UnknownSections()
 
     # -- for callers
 
@@ -159,7 +158,7 @@ class StreamReader:
             self._error = MigrationError(
                 f"the stream ends too early, in {WHAT[self._state.__name__]}",
                 offset=self.offset + rest + len(self._kept),
-                section=self._open[1] or self._unknown_key(),
+                section=self._open[1] or self._kept.key,
                 expected=f"{need.missing} more bytes" if rest else "more bytes",
                 got="the end",
             )
@@ -171,14 +170,14 @@ class StreamReader:
         """Of a stream that ended inside sections nobody described: what a search for footers makes of it."""
         if not self._kept:
             return []
-        data = memoryview(bytes(self._kept))
+        data = memoryview(bytes(self._kept.data))
         records: list[Record] = []
         end = 0
         for raw in split.split_by_footers(data):
-            records += self._raw_records(data, raw)
+            records += self._raw_records(data, raw, self._kept.offset)
             end = raw.end
         if end < len(data):
-            records.append(Opaque(self._kept_at + end, len(data) - end, bytes(data[end:])))
+            records.append(Opaque(self._kept.offset + end, len(data) - end, bytes(data[end:])))
         return records
 
     # -- the loop
@@ -321,7 +320,9 @@ class StreamReader:
         section_id, name, instance_id, version_id, head = self._head()
         description = self._lookup(name, instance_id)
         if description is None:
-            self._kept_at, self._state = self.offset, self._unknown
+            limits = self.limits
+            self._kept = UnknownSections(self.offset, limit=limits.unknown, vmdesc_limit=limits.vmdesc)
+            self._state = self._unknown
             return
         spans: dict[str, Span] = {}
         start = self._pos + head
@@ -477,54 +478,22 @@ class StreamReader:
     def _unknown(self) -> None:
         """Keep everything; when the vmdesc is complete, split by it."""
         self._need(1)
-        self._kept += self._buffer[self._pos :]
+        found = self._kept.add(self._buffer[self._pos :])
         self._buffer, self._pos = memoryview(b""), 0
-        for at, length in split.vmdesc_candidates(self._kept, self._scanned):
-            if length <= self.limits.vmdesc and at + 6 + length <= self.limits.unknown:
-                self._candidates.append((at, length))
-                if len(self._candidates) > split.MAX_CANDIDATES:
-                    raise self._unknown_error("too many places look like the stream's description of itself")
-        # A pattern that is cut off here is looked for again with the next bytes.
-        self._scanned = max(self._scanned, len(self._kept) - split.CANDIDATE + 1)
-        for at, length in list(self._candidates):
-            end = at + 6 + length
-            if end > len(self._kept):
-                continue
-            self._candidates.remove((at, length))
-            description = split.try_vmdesc(self._kept[at + 6 : end])
-            if description is not None:
-                self._split(at, description)
-                return
-            self._tried += 1
-            if self._tried > split.MAX_CANDIDATES:
-                raise self._unknown_error("too many places look like the stream's description of itself")
-        if len(self._kept) > self.limits.unknown:
-            raise self._unknown_error("the sections from the first unknown one on are too long")
-
-    def _unknown_key(self) -> str | None:
-        """The first section that nobody described."""
-        head = split.section_head(memoryview(bytes(self._kept[:300])), 0) if self._kept else None
-        return f"{head[1]}/{head[2]}" if head else None
-
-    def _unknown_error(self, message: str) -> MigrationError:
-        return MigrationError(
-            message,
-            offset=self._kept_at,
-            section=self._unknown_key(),
-            expected=f"at most {self.limits.unknown:#x} bytes until the end of the stream",
-            got="more",
-        )
+        if found is not None:
+            self._split(*found)
 
     def _split(self, eof: int, description: dict[str, Any]) -> None:
         """The kept bytes up to ``eof`` as records; what follows is read as usual."""
-        data = memoryview(bytes(self._kept))
-        raw_sections = split.split_by_vmdesc(data[:eof], description, self._kept_at)
-        self._buffer, self._pos, self.offset = data, 0, self._kept_at
-        self._kept = bytearray()
+        data = memoryview(bytes(self._kept.data))
+        start = self._kept.offset
+        raw_sections = split.split_by_vmdesc(data[:eof], description, start)
+        self._buffer, self._pos, self.offset = data, 0, start
+        self._kept = UnknownSections()
         for raw in raw_sections:
             while self._pos < raw.start:
                 self._command()
-            full, footer = self._raw_records(data, raw)
+            full, footer = self._raw_records(data, raw, start)
             if (raw.name, raw.instance_id) in self._seen:
                 raise MigrationError(
                     "a section comes twice", offset=full.offset, section=f"{raw.name}/{raw.instance_id}"
@@ -535,9 +504,8 @@ class StreamReader:
             self._emit(footer)
         self._state = self._record
 
-    def _raw_records(self, data: memoryview, raw: split.RawSection) -> tuple[SectionFull, Footer]:
+    def _raw_records(self, data: memoryview, raw: split.RawSection, base: int) -> tuple[SectionFull, Footer]:
         """The section and its footer, decoded where it is known."""
-        base = self._kept_at
         content = bytes(data[raw.data_start : raw.data_end])
         values: Values | None = None
         spans: dict[str, Span] = {}
