@@ -25,6 +25,7 @@ from pyvcpu.migration.wire.records import Eof, pages
 from tests.moving import Outcome, contents, make_empty, make_walker, migrate, walked
 
 START, BETWEEN = 400, 53
+NONE = Faults()
 PARAMETERS = MigrationParameters(max_bandwidth=None, max_iterations=2)
 
 
@@ -42,7 +43,7 @@ class Guest:
             self.machine.run(BETWEEN)
 
 
-def attempt(faults: Faults, *, back: Faults = Faults(), die_after: int = -1) -> tuple[Outcome, Machine]:
+def attempt(faults: Faults, *, back: Faults = NONE, die_after: int = -1) -> tuple[Outcome, Machine]:
     """One migration with faults on the way there, on the way back, or a destination that dies after so many records."""
     guest = Guest()
     destination = make_empty()
@@ -64,7 +65,7 @@ def attempt(faults: Faults, *, back: Faults = Faults(), die_after: int = -1) -> 
 
 
 def clean_run() -> tuple[list[int], int, int, int]:
-    """(offsets of records and pages, number of records, offset of EOF, length) of the stream of a run without faults."""
+    """(offsets of records and pages, number of records, offset of EOF, length) of a run without faults."""
     guest = Guest()
     captured = bytearray()
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING
 
 from pyvcpu.errors import ChannelError, MigrationError
@@ -120,9 +120,12 @@ class DestinationSession:
 
     def run(self) -> Statistics:
         """Receive the guest; returns when it is here. Raises MigrationError otherwise."""
-        for step in self.steps():
-            if step.name == "read":
-                self.channel.wait_readable()
+        with contextlib.closing(self.steps()) as steps:
+            for step in steps:
+                if step.name == "read":
+                    # What fails here fails again at the next read, inside the session.
+                    with contextlib.suppress(ChannelError):
+                        self.channel.wait_readable()
         return self.statistics
 
     def start(self) -> None:
@@ -147,7 +150,7 @@ class DestinationSession:
 
     # -- the work
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self) -> Generator[Step]:
         """Receive, one piece of work between two yields.
 
         ``read`` means that nothing more has arrived; ``record`` names what was just taken in (its detail).
@@ -183,6 +186,8 @@ class DestinationSession:
             for record in self._reader.feed(data):
                 self._take(record)
                 yield Step("record", record)
+                if self.states.final:
+                    break  # bytes after the end are not looked at, as by QEMU
                 if self._cancelled.is_set():
                     raise MigrationCancelled("the migration was cancelled")
         yield Step("completed", self.statistics)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pyvcpu.errors import ChannelError, MigrationError
@@ -130,13 +130,16 @@ class SourceSession:
 
     def run(self) -> Statistics:
         """Migrate; returns when the guest lives over there. Raises MigrationError otherwise (see the module)."""
-        for step in self.steps():
-            if step.name == "pause":
-                self._cancelled.wait(step.seconds)
-            elif step.name == "return-path":
-                self.channel.wait_readable(step.seconds)
-            elif step.name == "pre-switchover":
-                self._continued.wait()
+        with contextlib.closing(self.steps()) as steps:
+            for step in steps:
+                if step.name == "pause":
+                    self._cancelled.wait(step.seconds)
+                elif step.name == "return-path":
+                    # What fails here fails again at the next read, inside the session.
+                    with contextlib.suppress(ChannelError):
+                        self.channel.wait_readable(step.seconds)
+                elif step.name == "pre-switchover":
+                    self._continued.wait()
         return self.statistics
 
     def start(self) -> None:
@@ -161,7 +164,7 @@ class SourceSession:
 
     # -- the work
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self) -> Generator[Step]:
         """Migrate, one piece of work between two yields.
 
         Three steps ask for time before the next: ``pause`` (the rate limit), ``return-path`` (nothing to do

@@ -78,7 +78,8 @@ def ram() -> GuestRam:
 
 def test_zero_pages_are_found_exactly(ram: GuestRam) -> None:
     words = as_words(ram.u8)
-    for numbers in (np.arange(76), np.arange(3, 9), np.array([1, 2, 4]), np.array([5]), np.array([66]), np.array([], int)):
+    for pages in (range(76), range(3, 9), [1, 2, 4], [5], [66], []):
+        numbers = np.array(pages, np.int64)
         want = [not any(ram.read(int(p) * 4096, 4096)) for p in numbers]
         assert zero_pages(words, numbers).tolist() == want
 
