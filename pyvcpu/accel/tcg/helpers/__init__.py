@@ -43,6 +43,7 @@ from pyvcpu.accel.tcg.helpers import (  # noqa: E402, F401
     msr,
     rotate,
     segment,
+    sse,
     stack,
     string,
     system,

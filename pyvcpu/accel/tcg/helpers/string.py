@@ -22,7 +22,7 @@ from pyvcpu.accel.tcg.builder import MASK, SEGMENTS, Reg
 from pyvcpu.accel.tcg.frames import segment_base
 from pyvcpu.accel.tcg.helpers import helper
 from pyvcpu.accel.tcg.helpers.io import check_port
-from pyvcpu.accel.tcg.helpers.operands import write_register
+from pyvcpu.accel.tcg.helpers.operands import unsupported, write_register
 from pyvcpu.accel.tcg.mmu import SlowAccess
 from pyvcpu.cpu.events import GuestException
 from pyvcpu.cpu.layout import ES, RAX, RCX, RDI, RDX, RSI
@@ -61,7 +61,10 @@ class _Run:
         iced, regs = insn.iced, e.state.regs
         self.size = _SIZES[insn.mnemonic]
         kinds = [iced.op_kind(0), iced.op_kind(1)]
-        self.width = next(_ADDRESS[k] for k in kinds if k in _ADDRESS)
+        width = next((_ADDRESS[k] for k in kinds if k in _ADDRESS), None)
+        if width is None:  # MOVSD and CMPSD are also names of SSE2 instructions
+            unsupported(e, insn, "SSE2 arithmetic is not there yet")
+        self.width = width
         mask = self.mask = MASK[self.width]
         self.source = any(k in (OpKind.MEMORY_SEG_SI, OpKind.MEMORY_SEG_ESI, OpKind.MEMORY_SEG_RSI) for k in kinds)
         self.target = any(k in (OpKind.MEMORY_ESDI, OpKind.MEMORY_ESEDI, OpKind.MEMORY_ESRDI) for k in kinds)
