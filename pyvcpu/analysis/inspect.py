@@ -224,7 +224,7 @@ def inspect_file(path: str, page: tuple[str, int] | None = None) -> Inspection:
 
 def _inspect(chunks: Iterator[bytes], known: dict[str, Description], page: tuple[str, int] | None) -> Inspection:
     found = Inspection()
-    reader = StreamReader(lambda name, _: known.get(name))
+    reader = StreamReader(lambda name, _: known.get(name), all_pages=False)
     sections: list[SectionFull] = []
     try:
         for chunk in chunks:

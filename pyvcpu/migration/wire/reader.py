@@ -32,7 +32,7 @@ from pyvcpu.migration.vmstate.description import SUBSECTIONS, Description
 from pyvcpu.migration.vmstate.fields import Values
 from pyvcpu.migration.wire import checksums, split
 from pyvcpu.migration.wire.configuration import CONFIGURATION, check_configuration
-from pyvcpu.migration.wire.ram import RAM_VERSION, RamDecoder
+from pyvcpu.migration.wire.ram import RAM_VERSION, Coverage, RamDecoder
 from pyvcpu.migration.wire.records import (
     COMMAND_LENGTHS,
     MAGIC,
@@ -81,7 +81,8 @@ class StreamReader:
 
     ``machine``: the name that the configuration must have. ``ram_blocks``: the sizes of the blocks that may come,
     ``required_blocks``: those that must (by default all). ``require_checksums`` refuses a stream
-    without ours. After an error the reader is dead: every later call raises the same error.
+    without ours; ``all_pages`` one that sends some of RAM's pages and not all; ``check_pages`` computes the
+    checksum of each page. After an error the reader is dead: every later call raises the same error.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class StreamReader:
         required_blocks: Iterable[str] | None = None,
         require_checksums: bool = False,
         check_pages: bool = True,
+        all_pages: bool = True,
         limits: Limits = Limits(),
     ) -> None:
         self._lookup: Lookup
@@ -102,7 +104,8 @@ class StreamReader:
             table = dict(registry or {})
             self._lookup = lambda name, instance_id: table.get((name, instance_id))
         self.machine, self.require_checksums, self.limits = machine, require_checksums, limits
-        self._check_pages = check_pages
+        self._check_pages, self._all_pages = check_pages, all_pages
+        self._coverage: Coverage | None = None
         self.ram = RamDecoder(ram_blocks, required_blocks, limit=limits.ram)
         self.offset = 0
         """Bytes of the records that were yielded."""
@@ -377,12 +380,16 @@ class StreamReader:
 
     def _ram_data(self) -> None:
         record = self.ram.step(self._buffer, self._pos, self.offset - self._pos)
-        if self._check_pages:
-            if isinstance(record, RamPages):
-                assert self._pages is not None
+        if isinstance(record, RamBlocks):
+            self._pages = checksums.PageSums(record.blocks) if self._check_pages else None
+            self._coverage = Coverage(record.blocks) if self._all_pages else None
+        elif isinstance(record, RamPages):
+            if self._pages is not None:
                 self._pages.add(record)
-            elif isinstance(record, RamBlocks):
-                self._pages = checksums.PageSums(record.blocks)
+            if self._coverage is not None:
+                self._coverage.add(record)
+        elif self._last_part and self._coverage is not None:
+            self._coverage.check(record.offset)
         self._emit(record)
         if isinstance(record, RamEos):
             self._state = self._footer
