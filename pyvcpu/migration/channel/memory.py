@@ -16,7 +16,7 @@ class _Pipe:
     def __init__(self, capacity: int | None) -> None:
         self.capacity = capacity
         self.changed = threading.Condition()
-        self.chunks: deque[bytes] = deque()
+        self.chunks: deque[bytes | memoryview] = deque()
         self.size = 0
         self.ended = False  # the writer is done
         self.dropped = False  # the reader is gone
@@ -70,10 +70,12 @@ class MemoryChannel(Channel):
                 raise closed_error(self.uri)
             if not pipe.chunks:
                 return b"" if pipe.ended else None
-            data = pipe.chunks.popleft()
-            if len(data) > size:
-                pipe.chunks.appendleft(data[size:])
-                data = data[:size]
+            first = pipe.chunks.popleft()
+            if len(first) > size:
+                rest = memoryview(first)  # a view: what is left of a large chunk is not copied for each read
+                pipe.chunks.appendleft(rest[size:])
+                first = rest[:size]
+            data = bytes(first)
             pipe.size -= len(data)
             self.bytes_read += len(data)
             pipe.changed.notify_all()
