@@ -23,7 +23,7 @@ import threading
 from types import TracebackType
 from typing import NoReturn
 
-from iced_x86 import FlowControl, Mnemonic
+from iced_x86 import FlowControl, Mnemonic, OpKind, Register
 
 from pyvcpu.accel.base import Accelerator, Exit
 from pyvcpu.accel.tcg import flags
@@ -32,13 +32,14 @@ from pyvcpu.accel.tcg.cache import CodeCache, Region
 from pyvcpu.accel.tcg.decode import MAX_LENGTH, Insn, decode
 from pyvcpu.accel.tcg.helpers import HELPERS
 from pyvcpu.accel.tcg.interrupts import deliver_exception, deliver_interrupt
-from pyvcpu.accel.tcg.mmu import EFER_LMA, Mmu, SlowAccess
+from pyvcpu.accel.tcg.mmu import EFER_LMA, Mmu, NonCanonical, SlowAccess
 from pyvcpu.accel.tcg.target.python import HelperCall
 from pyvcpu.apic.local import LocalApic
 from pyvcpu.clock import NEVER, Clock, IcountClock
 from pyvcpu.cpu.events import DB, NMI, UD, GuestException
+from pyvcpu.cpu.events import SS as STACK_FAULT
 from pyvcpu.cpu.injection import restart_events
-from pyvcpu.cpu.layout import CS, DS, ES, MP_HALTED, MP_RUNNABLE, SS
+from pyvcpu.cpu.layout import CS, DS, ES, MP_HALTED, MP_RUNNABLE, RSP, SS
 from pyvcpu.cpu.state import CpuState
 from pyvcpu.errors import UnsupportedInstruction
 from pyvcpu.memory.bus import Bus
@@ -52,6 +53,9 @@ REP_QUANTUM = 1 << 20
 """Iterations of a REP string instruction between two such looks: they are copied in large pieces."""
 
 DESCRIPTOR_L, DESCRIPTOR_DB = 1 << 21, 1 << 22
+
+_OWN_TRAP = frozenset({Mnemonic.SYSCALL, Mnemonic.SYSRET, Mnemonic.SYSRETQ})
+"""Their helpers look at TF themselves, when they are done."""
 
 
 class TcgEngine(Accelerator):
@@ -312,6 +316,7 @@ class TcgEngine(Accelerator):
         state.interrupt_shadow = 0
         rip = state.rip
         before = clock.instructions
+        region: Region | None = None
         try:
             region = self._find(rip, slow=True)
             assert region is not None
@@ -319,6 +324,10 @@ class TcgEngine(Accelerator):
                 state, state.regs, 1, self.mmu.loads, self.mmu.stores, self.ram.view8, self.ram.view16, self.ram.view32,
                 self.ram.view64, self.mmu, self._left,
             )  # fmt: skip
+        except NonCanonical as exception:
+            state.rip = rip
+            deliver_exception(self, self._of_the_stack(exception, region))
+            return
         except GuestException as exception:
             state.rip = rip
             deliver_exception(self, exception)
@@ -327,14 +336,34 @@ class TcgEngine(Accelerator):
             self._help(result.insn, 1)
             if result.insn.flow == FlowControl.INTERRUPT:  # a handler starts without the trap (SDM 3B 17.3.1.4)
                 trap &= state.rflags
+            elif result.insn.mnemonic in _OWN_TRAP:
+                trap = 0
             elif state.interrupt_shadow and result.insn.mnemonic != Mnemonic.STI:  # a load of SS holds it back
                 trap = 0
         else:
             clock.instructions += 1
             state.rip = result
         if trap and clock.instructions > before and not state.shutdown:
-            state.dr[6] = state.dr[6] | 1 << 14  # BS
-            deliver_exception(self, GuestException(DB))
+            self.single_step_trap()
+
+    def single_step_trap(self) -> None:
+        """#DB by TF, after the instruction before RIP."""
+        self.state.dr[6] |= 1 << 14  # BS
+        deliver_exception(self, GuestException(DB))
+
+    def _of_the_stack(self, exception: NonCanonical, region: Region | None) -> GuestException:
+        """#SS(0) instead of #GP(0) where the instruction used SS (SDM 3A 6.15, interrupt 12)."""
+        if region is None:
+            return exception  # the fetch
+        start = self._base + self.state.rip
+        insn = decode(self.mmu.read_bytes(start, region.spans[0][1], supervisor=True), self.state.rip, self.mode.bits)
+        iced = insn.iced
+        in_memory = OpKind.MEMORY in (iced.op0_kind, iced.op1_kind)
+        near_top = abs(exception.linear - self.state.regs[RSP]) <= 16
+        pushes_or_pops = iced.is_stack_instruction and (near_top or not in_memory)
+        if pushes_or_pops or (in_memory and iced.memory_segment == Register.SS):
+            return GuestException(STACK_FAULT, 0)
+        return exception
 
     # -- code ---------------------------------------------------------------------------------
 

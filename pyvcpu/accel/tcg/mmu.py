@@ -43,6 +43,14 @@ class SlowAccess(Exception):
     """This access needs the slow path."""
 
 
+class NonCanonical(GuestException):
+    """#GP(0) for an address that is not canonical; #SS(0) where it was the stack's, which the engine knows."""
+
+    def __init__(self, linear: int) -> None:
+        super().__init__(GP, 0)
+        self.linear = linear
+
+
 class Tlb(dict[int, int]):
     """Linear page number -> byte offset in RAM of the page, less its linear address."""
 
@@ -108,7 +116,7 @@ class Mmu:
                 b"", "paging", "protected32", state.rip, "32-bit and PAE paging are not there yet"
             )
         if (linear >> 47) not in (0, 0x1FFFF):
-            raise GuestException(GP, 0)
+            raise NonCanonical(linear)
         table = state.cr3 & _ADDRESS
         reserved = _BEYOND | (0 if state.efer & EFER_NXE else PTE_NX)
         rights = PTE_W | PTE_U
