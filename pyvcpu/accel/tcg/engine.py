@@ -334,11 +334,10 @@ class TcgEngine(Accelerator):
             return
         if result.__class__ is HelperCall:
             self._help(result.insn, 1)
+            shadow_of_ss = state.interrupt_shadow and result.insn.mnemonic != Mnemonic.STI
             if result.insn.flow == FlowControl.INTERRUPT:  # a handler starts without the trap (SDM 3B 17.3.1.4)
                 trap &= state.rflags
-            elif result.insn.mnemonic in _OWN_TRAP:
-                trap = 0
-            elif state.interrupt_shadow and result.insn.mnemonic != Mnemonic.STI:  # a load of SS holds it back
+            elif shadow_of_ss or result.insn.mnemonic in _OWN_TRAP:  # a load of SS holds it back
                 trap = 0
         else:
             clock.instructions += 1

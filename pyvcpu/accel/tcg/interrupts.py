@@ -19,7 +19,7 @@ from pyvcpu.accel.tcg.builder import MASK
 from pyvcpu.accel.tcg.frames import is_canonical, segment_base, stack_pointer, store_frame
 from pyvcpu.cpu import events, segments
 from pyvcpu.cpu.events import GP, NP, TS, GuestException, is_double_fault
-from pyvcpu.cpu.layout import CS, RSP, SS, TR
+from pyvcpu.cpu.layout import CS, MP_RUNNABLE, RSP, SS, TR
 from pyvcpu.cpu.segments import Descriptor
 from pyvcpu.errors import UnsupportedInstruction
 
@@ -90,6 +90,7 @@ def _deliver(e: TcgEngine, event: _Event) -> None:
         _long(e, event)
     else:
         _protected(e, event)
+    state.mp_state = MP_RUNNABLE  # a single step over HLT is taken in HLT
     e.mode_changed()
 
 

@@ -258,6 +258,15 @@ def _flat_segments(e: TcgEngine, code: int, code_flags: int, stack: int, level: 
     e.mode_changed()
 
 
+def _arrive(e: TcgEngine, rip: int) -> int:
+    """SYSCALL and SYSRET trap by the TF that they leave, not by the one that they found: the kernel's entry
+    is not stepped into where FMASK has TF, and user code is stepped as if its SYSCALL had just ended."""
+    e.state.rip = rip
+    if e.state.rflags & flags.TF:
+        e.single_step_trap()
+    return int(e.state.rip)
+
+
 @helper(Mnemonic.SYSCALL)
 def syscall(e: TcgEngine, insn: Insn) -> int | None:
     """AMD's rules, since CPUID says AMD: also in compatibility and in legacy protected mode (APM 3)."""
@@ -270,13 +279,13 @@ def syscall(e: TcgEngine, insn: Insn) -> int | None:
         state.regs[RCX] = insn.next_ip & MASK[32]
         e.set_rflags(rflags & ~(flags.VM | flags.IF | flags.RF))
         _flat_segments(e, selector, _CODE32, selector + 8)
-        return int(state.star & MASK[32])
+        return _arrive(e, state.star & MASK[32])
     target = state.lstar if e.mode.bits == 64 else state.cstar
     state.regs[RCX] = insn.next_ip
     state.regs[R11] = rflags & ~flags.RF
     e.set_rflags(rflags & ~(state.fmask | flags.RF))
     _flat_segments(e, selector, _CODE64, selector + 8)
-    return int(target)
+    return _arrive(e, target)
 
 
 @helper(Mnemonic.SYSRET, Mnemonic.SYSRETQ)
@@ -291,13 +300,13 @@ def sysret(e: TcgEngine, insn: Insn) -> int | None:
     if not state.efer & EFER_LMA:
         e.set_rflags(e.get_rflags() | flags.IF)
         _flat_segments(e, selector | 3, _CODE32, (selector + 8) | 3, _DPL3)
-        return int(state.regs[RCX] & MASK[32])
+        return _arrive(e, state.regs[RCX] & MASK[32])
     e.set_rflags(state.regs[R11] & _SYSRET_FLAGS)
     if insn.mnemonic == Mnemonic.SYSRETQ:
         _flat_segments(e, (selector + 16) | 3, _CODE64, (selector + 8) | 3, _DPL3)
-        return int(state.regs[RCX])
+        return _arrive(e, state.regs[RCX])
     _flat_segments(e, selector | 3, _CODE32, (selector + 8) | 3, _DPL3)
-    return int(state.regs[RCX] & MASK[32])
+    return _arrive(e, state.regs[RCX] & MASK[32])
 
 
 @helper(Mnemonic.SYSENTER)
@@ -315,7 +324,7 @@ def sysenter(e: TcgEngine, insn: Insn) -> int | None:
     return int(state.sysenter_eip & MASK[32])
 
 
-@helper(Mnemonic.SYSEXIT)
+@helper(Mnemonic.SYSEXIT, Mnemonic.SYSEXITQ)
 def sysexit(e: TcgEngine, insn: Insn) -> int | None:
     state = e.state
     if state.efer & EFER_LMA:

@@ -8,7 +8,7 @@ from pyvcpu.accel.tcg import flags
 from pyvcpu.accel.tcg.interrupts import deliver_exception, deliver_interrupt
 from pyvcpu.cpu.events import DE, DF, GP, NMI, NP, PF, TS, UD, GuestException
 from pyvcpu.cpu.events import SS as STACK_FAULT
-from pyvcpu.cpu.layout import CS, RSP, SS, TR
+from pyvcpu.cpu.layout import CS, R11, RCX, RSP, SS, TR
 from pyvcpu.errors import UnsupportedInstruction
 from tests.unit.accel.helpers.box import (
     CODE,
@@ -441,3 +441,48 @@ def test_software_interrupts_and_loads_of_ss_hold_the_single_step_back() -> None
     box.engine.run(4)
     assert box.state.rip == 0x9100
     assert not box.state.rflags & flags.TF
+
+
+def stepping(user: bool = False) -> Box:
+    """#DB leads to 9000; SYSCALL to 8000, where FMASK clears IF."""
+    box = Box().long_mode(user=user)
+    box.gate64(1, 0x9000)
+    box.put(0x9000, "9090")
+    box.put(0x8000, "9090")
+    box.put_int(TSS + 4, 8, 0x5000)
+    box.state.star, box.state.lstar, box.state.fmask = 0x1B << 48 | KERNEL_CS << 32, 0x8000, flags.IF
+    box.engine.set_rflags(flags.TF)
+    return box
+
+
+def test_a_single_step_over_hlt_is_taken_in_hlt() -> None:
+    box = stepping()
+    assert box.run("f4", 1).state.rip == 0x9000
+    assert box.frame(1) == [CODE + 1]
+    assert box.engine.run(2) == "limit"  # not halted any more
+    assert box.state.rip == 0x9001
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_syscall_traps_by_the_flags_that_it_leaves(masked: bool) -> None:
+    box = stepping(user=True)
+    box.state.fmask |= flags.TF if masked else 0
+    box.run("0f05", 1)
+    assert box.state.rip == (0x8000 if masked else 0x9000)
+    assert bool(box.state.dr[6] & 1 << 14) != masked
+    if not masked:
+        assert box.frame(2) == [0x8000, KERNEL_CS]
+
+
+@pytest.mark.parametrize("before", [0, flags.TF])
+@pytest.mark.parametrize("after", [0, flags.TF])
+def test_sysret_traps_by_the_flags_that_it_loads(before: int, after: int) -> None:
+    box = stepping()
+    box.engine.set_rflags(before)
+    box.state.regs[RCX], box.state.regs[R11] = 0x8000, after
+    box.run("480f07", 1)
+    assert box.clock.instructions == 1
+    assert box.state.rip == (0x9000 if after else 0x8000)
+    assert box.engine.cpl == (0 if after else 3)
+    if after:
+        assert box.frame(3) == [0x8000, USER_CS | 3, flags.TF | 2]
