@@ -10,8 +10,10 @@ clients of the pages first: the dirty log, the code cache, a snapshot.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
+import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -59,14 +61,14 @@ class GuestRam:
             self.blocks.append(RamBlock(name, size, offset))
             offset += size
         self.size = offset
-        fd = os.memfd_create("pyvcpu-ram", os.MFD_CLOEXEC)
+        self._fd = os.memfd_create("pyvcpu-ram", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(fd, offset)
-            self._map = mmap.mmap(fd, offset)
+            os.ftruncate(self._fd, offset)
+            self._map = mmap.mmap(self._fd, offset)
         except OSError as error:
+            os.close(self._fd)
             raise ConfigurationError(f"cannot map {offset:#x} bytes of guest RAM: {error}") from error
-        finally:
-            os.close(fd)
+        self._close_fd = weakref.finalize(self, os.close, self._fd)
         self.view8 = memoryview(self._map)
         self.view16, self.view32, self.view64 = self.view8.cast("H"), self.view8.cast("I"), self.view8.cast("Q")
         self.u8: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
@@ -124,6 +126,24 @@ class GuestRam:
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Store ``data`` at byte ``offset`` of the mapping."""
         self.acquire(offset, len(data), True)[:] = data
+
+    def backed(self) -> npt.NDArray[np.bool_]:
+        """Which pages the host holds memory for, (npages,); the others are zeros that nobody has touched.
+
+        Merely to read one of those through the mapping would make the host allocate it.
+        """
+        held = np.zeros(self.npages, np.bool_)
+        at = 0
+        while at < self.size:
+            try:
+                first = os.lseek(self._fd, at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # there is no more data
+                    raise
+                break
+            at = os.lseek(self._fd, first, os.SEEK_HOLE)
+            held[first >> PAGE_SHIFT : -(-at >> PAGE_SHIFT)] = True
+        return held
 
     # -- page states --------------------------------------------------------------------------
 
@@ -216,6 +236,7 @@ class GuestRam:
 
         Where somebody still holds a view or an array of it, the mapping goes when they do.
         """
+        self._close_fd()
         self.u8 = np.empty(0, np.uint8)
         with contextlib.suppress(BufferError):
             for view in (self.view64, self.view32, self.view16, self.view8):

@@ -23,6 +23,7 @@ class RamDestination:
         self._ram = ram
         self._rows = ram.u8.reshape(-1, PAGE_SIZE)
         self._words = as_words(ram.u8)
+        self._untouched = ~ram.backed()  # zeros, as long as nobody looks
         self._offsets = {block.name: block.offset for block in ram.blocks}
         self.pages = 0
         self.fill_pages = 0
@@ -32,6 +33,7 @@ class RamDestination:
         numbers = (record.addresses + self._offsets[record.block]) >> PAGE_SHIFT
         if record.data is not None:
             self._serve(numbers)
+            self._untouched[numbers] = False
             self._rows[numbers] = record.data
             self.pages += len(numbers)
         elif record.fill is not None:
@@ -39,14 +41,17 @@ class RamDestination:
             self.fill_pages += len(numbers)
 
     def _fill(self, numbers: PageNumbers, fill: npt.NDArray[np.uint8]) -> None:
-        """Pages of one repeated byte each. A page that holds it already is not written, so zeros stay unbacked."""
+        """Pages of one byte each. One that holds it already is not written; untouched zeros are not even read."""
         patterns = fill.astype(np.uint64) * np.uint64(0x0101010101010101)
         # Of an address that comes twice only the last counts, and it must be compared with what is there now.
         numbers, last = np.unique(numbers[::-1], return_index=True)
         patterns = patterns[::-1][last]
+        wanted = ~self._untouched[numbers] | (patterns != 0)
+        numbers, patterns = numbers[wanted], patterns[wanted]
         differs = np.bitwise_or.reduce(self._words[numbers] ^ patterns[:, None], axis=1) != 0
         changed = numbers[differs]
         self._serve(changed)
+        self._untouched[changed] = False
         self._words[changed] = patterns[differs][:, None]
 
     def _serve(self, numbers: PageNumbers) -> None:

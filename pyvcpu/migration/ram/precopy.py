@@ -40,6 +40,9 @@ ZERO_RECORD = 8 + 1
 BATCH_PAGES = 1024
 """4 MiB: a batch costs a few hand-overs of the interpreter lock, so it must be large."""
 
+MANY_PAGES = 4096
+"""Of so many some were probably never touched: to ask the host is quicker than to look."""
+
 
 class Block(Protocol):
     """What is needed of a RamBlock."""
@@ -63,6 +66,8 @@ class Ram(Protocol):
 
     @property
     def logging(self) -> bool: ...
+
+    def backed(self) -> npt.NDArray[np.bool_]: ...
 
     def start_dirty_log(self) -> None: ...
 
@@ -90,6 +95,7 @@ class RamSource:
         self._todo: PageNumbers = np.empty(0, np.int64)
         self._at = 0
         self._block = -1  # whose name the stream has seen last
+        self._backed: npt.NDArray[np.bool_] | None = None  # where looking it up is worth its time
         self._logging = False
 
     # -- the handler
@@ -111,6 +117,8 @@ class RamSource:
         harvested = np.asarray(self._at_edge(self._ram.harvest_dirty), np.int64)
         left = self._todo[self._at :]
         self._todo = np.union1d(left, harvested) if len(left) else harvested
+        # After the harvest: a page that is written from now on comes again, whatever it was taken for.
+        self._backed = self._ram.backed() if len(self._todo) > MANY_PAGES else None
         self._at = 0
         return len(self._todo)
 
@@ -157,7 +165,7 @@ class RamSource:
             if first == last:
                 continue
             of_block = pages[first:last]
-            zero = zero_pages(self._words, of_block)
+            zero = zero_pages(self._words, of_block, self._backed)
             zeros += int(np.count_nonzero(zero))
             for numbers, flag in ((of_block[zero], RAM_SAVE_ZERO), (of_block[~zero], RAM_SAVE_PAGE)):
                 if len(numbers):

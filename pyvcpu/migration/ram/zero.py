@@ -14,13 +14,21 @@ from pyvcpu.memory.pages import PAGE_SIZE
 PageNumbers = npt.NDArray[np.int64]
 
 
-def zero_pages(words: npt.NDArray[np.uint64], pages: PageNumbers) -> npt.NDArray[np.bool_]:
+def zero_pages(
+    words: npt.NDArray[np.uint64], pages: PageNumbers, backed: npt.NDArray[np.bool_] | None = None
+) -> npt.NDArray[np.bool_]:
     """Which of ``pages`` hold nothing but zeros.
 
-    ``words`` is guest RAM as (npages, 512) uint64; the result has the shape of ``pages``. Few guest
-    pages that are not zero begin with a zero quadword, so most are decided by one word.
+    ``words`` is guest RAM as (npages, 512) uint64; the result has the shape of ``pages``. What ``backed``
+    (npages,) denies was never written: it is zero, and is not looked at. Few other pages that are not zero begin
+    with a zero quadword, so most are decided by one word.
     """
-    zero: npt.NDArray[np.bool_] = words[pages, 0] == 0
+    if backed is not None:
+        zero: npt.NDArray[np.bool_] = ~backed[pages]
+        if not zero.all():
+            zero[~zero] = zero_pages(words, pages[~zero])
+        return zero
+    zero = words[pages, 0] == 0
     candidates = pages[zero]
     if len(candidates):
         first, last = int(candidates[0]), int(candidates[-1])
