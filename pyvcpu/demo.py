@@ -28,7 +28,7 @@ from pyvcpu.migration.channel import connect, listen
 from pyvcpu.migration.session import DestinationSession, MigrationParameters, SourceSession
 
 MEMORY = 64 * MIB
-GUEST = {"rate": 4, "pages": 1024, "ticks": 500, "beats": 10}
+GUEST = {"rate": 4, "pages": 1024, "ticks": 500, "beats": 10, "sequence": 1}
 HEAD_START = 1.5
 """Seconds that the guest runs at the source before it is moved."""
 MAX_BANDWIDTH, DOWNTIME_LIMIT = 32 * MIB, 10

@@ -2,12 +2,15 @@
 ;
 ;   parameter 0: timer period in ns       1: pages a tick      2: pages in all
 ;   3: ticks a heartbeat                  4: heartbeats until the end (0: never)
+;   5: 1 to hold every tick against the TSC, which must go at 1 GHz
 ;
 ;   [6000] ticks taken by the handler   [6008] ticks served   [6010] pages written   [6018] sum of stamps
-;   [6020] heartbeats                   stamps of the pages from 100000 on, 8 bytes each; the pages from 200000 on
+;   [6020] heartbeats   [6028] TSC at the start of the timer
+;   stamps of the pages from 100000 on, 8 bytes each; the pages from 200000 on
 ;
 ; A page is filled with its stamp; before it is written again every word of it is compared with
-; the stamp in the table. What is lost, doubled or torn shows as FAIL.
+; the stamp in the table. What is lost, doubled or torn shows as FAIL. With parameter 5 so does a tick that is
+; lost or doubled: tick n must come in the n-th period after the start.
 
 include lib/boot.s
 org 0x8f00
@@ -15,6 +18,7 @@ org 0x8f00
 .quad 4
 .quad 256
 .quad 100
+.quad 0
 .quad 0
 
 STAMPS = 0x100000
@@ -37,6 +41,10 @@ mov dword ptr [r15 + LAPIC_LVT_TIMER], 0x20040
 mov eax, dword ptr [r14 + PARAMS]
 dec eax
 mov dword ptr [r15 + LAPIC_INITIAL], eax
+rdtsc
+shl rdx, 32
+or rax, rdx
+mov qword ptr [r14 + 0x28], rax
 lea rsi, [rip + text_start]
 call puts
 wait_tick:
@@ -83,6 +91,21 @@ jmp exit_ok
 
 tick:                       ; the interrupt handler
 inc qword ptr [r14]
+cmp qword ptr [r14 + PARAMS + 40], 0
+je tick_taken
+push rax
+push rdx
+rdtsc
+shl rdx, 32
+or rax, rdx
+sub rax, qword ptr [r14 + 0x28]
+xor edx, edx
+div qword ptr [r14 + PARAMS]
+cmp rax, qword ptr [r14]
+jne out_of_sequence
+pop rdx
+pop rax
+tick_taken:
 mov dword ptr [r15 + LAPIC_EOI], 0
 iretq
 
@@ -130,6 +153,19 @@ call put_hex
 call newline
 jmp exit_fail
 
+out_of_sequence:            ; tick [6000] came in period RAX
+mov rbx, rax
+lea rsi, [rip + text_tick]
+call puts
+mov rax, qword ptr [r14]
+call put_dec
+lea rsi, [rip + text_period]
+call puts
+mov rax, rbx
+call put_dec
+call newline
+jmp exit_fail
+
 heartbeat:
 inc qword ptr [r14 + 0x20]
 lea rsi, [rip + text_beat]
@@ -159,6 +195,10 @@ text_ok:
 string "ticker: OK beats "
 text_fail:
 string "ticker: FAIL word at "
+text_tick:
+string "ticker: FAIL tick "
+text_period:
+string " came in period "
 text_ticks:
 string " ticks "
 text_pages:

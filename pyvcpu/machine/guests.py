@@ -2,6 +2,12 @@
 
 An image is loaded, and entered in real mode, at 8000; its parameters are u64 values at offset F00. What
 each guest shows and prints stands in ``guests/NAME/README.md``.
+
+As firmware (``guests/build.py --bios``), for machines that can be given nothing else:
+
+    F0000  the image, up to FF00 bytes
+    FFF00  copies it to 8000 and jumps there
+    FFFF0  reset vector: jmp F000:FF00
 """
 
 from __future__ import annotations
@@ -16,9 +22,26 @@ from pyvcpu.machine.config import Image
 LOAD_ADDRESS = 0x8000
 _PARAMETERS_OFFSET = 0xF00
 
+_BIOS_SIZE = 64 << 10
+_COPIER, _RESET_VECTOR = 0xFF00, 0xFFF0
+_COPY_AND_JUMP = bytes.fromhex(
+    "fa"  # cli
+    "fc"  # cld
+    "8cc8"  # mov ax, cs            F000
+    "8ed8"  # mov ds, ax
+    "b80008"  # mov ax, 0x800       8000
+    "8ec0"  # mov es, ax
+    "31f6"  # xor si, si
+    "31ff"  # xor di, di
+    "b9807f"  # mov cx, 0x7f80      FF00 bytes
+    "f3a5"  # rep movsw
+    "ea00800000"  # jmp 0:8000
+)
+_JUMP_TO_COPIER = bytes.fromhex("ea00ff00f0")  # jmp F000:FF00
+
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "counter": ("limit", "mask"),
-    "ticker": ("period", "rate", "pages", "ticks", "beats"),
+    "ticker": ("period", "rate", "pages", "ticks", "beats", "sequence"),
     "dirtier": ("pattern", "pages", "writes", "reports"),
     "irqs": ("rounds",),
 }
@@ -48,6 +71,17 @@ def load_guest(name: str, **parameters: int) -> Image:
             raise ConfigurationError(f"guest {name}: {key}={value} is not an unsigned 64-bit number")
         struct.pack_into("<Q", image, _PARAMETERS_OFFSET + 8 * names.index(key), value)
     return Image(bytes(image), LOAD_ADDRESS)
+
+
+def as_bios(image: Image) -> bytes:
+    """A guest as 64 KiB of firmware, for ``-bios``, of pyvcpu and of QEMU. ConfigurationError if it is too large."""
+    if image.address != LOAD_ADDRESS or len(image.data) > _COPIER:
+        raise ConfigurationError(f"{len(image.data):#x} bytes for {image.address:#x} do not fit into the firmware")
+    bios = bytearray(_BIOS_SIZE)
+    bios[: len(image.data)] = image.data
+    bios[_COPIER : _COPIER + len(_COPY_AND_JUMP)] = _COPY_AND_JUMP
+    bios[_RESET_VECTOR : _RESET_VECTOR + len(_JUMP_TO_COPIER)] = _JUMP_TO_COPIER
+    return bytes(bios)
 
 
 def parse_guest(text: str) -> Image:
