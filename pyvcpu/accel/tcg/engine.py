@@ -304,7 +304,8 @@ class TcgEngine(Accelerator):
             next_ip = helper(self, insn)
         except GuestException as exception:
             clock.instructions += self.iterations  # of a REP; anything else has completed none
-            deliver_exception(self, exception)
+            known = self._by_segment(exception, insn) if isinstance(exception, NonCanonical) else exception
+            deliver_exception(self, known)
             return
         clock.instructions += self.iterations or 1
         state.rip = insn.next_ip if next_ip is None else next_ip
@@ -356,6 +357,9 @@ class TcgEngine(Accelerator):
             return exception  # the fetch
         start = self._base + self.state.rip
         insn = decode(self.mmu.read_bytes(start, region.spans[0][1], supervisor=True), self.state.rip, self.mode.bits)
+        return self._by_segment(exception, insn)
+
+    def _by_segment(self, exception: NonCanonical, insn: Insn) -> GuestException:
         iced = insn.iced
         in_memory = OpKind.MEMORY in (iced.op0_kind, iced.op1_kind)
         near_top = abs(exception.linear - self.state.regs[RSP]) <= 16

@@ -25,6 +25,17 @@ BAD = 0x8000000000000000
         ("c3", RSP, STACK_FAULT),  # ret
         ("ff37", RSP, STACK_FAULT),  # push [rdi]: the stack, not the operand
         ("c9", RBP, STACK_FAULT),  # leave
+        ("9d", RSP, STACK_FAULT),  # popfq
+        ("48cf", RSP, STACK_FAULT),  # iretq
+        ("0fa0", RSP, STACK_FAULT),  # push fs
+        ("0fa1", RSP, STACK_FAULT),  # pop fs
+        ("c8100000", RSP, STACK_FAULT),  # enter 16, 0
+        ("c8100001", RSP, STACK_FAULT),
+        ("8f0424", RSP, STACK_FAULT),  # pop [rsp]
+        ("0f015500", RBP, STACK_FAULT),  # lgdt [rbp]
+        ("0f0117", RDI, GP),  # lgdt [rdi]
+        ("aa", RDI, GP),  # stosb
+        ("48ff1f", RDI, GP),  # call far [rdi]
     ],
 )
 def test_vector(code: str, register: int, vector: int) -> None:
