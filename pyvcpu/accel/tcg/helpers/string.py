@@ -6,6 +6,9 @@ pages that lie apart) one element goes the slow way. A chunk never looks up a pa
 yet, so accessed and dirty bits, and the progress at a fault, are those of one element after the other.
 
 An element at a device or port is always the first of its call: the clock is exact when the device looks.
+
+An element that is stored over the instruction itself is the last of its call: the next one is fetched again, so
+that what happens does not depend on where a run is cut.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from pyvcpu.accel.tcg.helpers.io import check_port
 from pyvcpu.accel.tcg.helpers.operands import unsupported, write_register
 from pyvcpu.accel.tcg.mmu import SlowAccess
 from pyvcpu.cpu.events import GuestException
-from pyvcpu.cpu.layout import ES, RAX, RCX, RDI, RDX, RSI
+from pyvcpu.cpu.layout import CS, ES, RAX, RCX, RDI, RDX, RSI
 from pyvcpu.memory.pages import CLEAN, CODE, PAGE_SHIFT, PAGE_SIZE, SNAPSHOT
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ def _family(name: str, sizes: str = "BWDQ") -> dict[int, int]:
 MOVS, STOS, LODS, CMPS, SCAS = (_family(name) for name in ("MOVS", "STOS", "LODS", "CMPS", "SCAS"))
 INS, OUTS = _family("INS", "BWD"), _family("OUTS", "BWD")
 _SIZES = MOVS | STOS | LODS | CMPS | SCAS | INS | OUTS
+_STORING = frozenset(MOVS | STOS)  # INS does one element a call in any case
 
 
 class _Run:
@@ -79,6 +83,32 @@ class _Run:
         self.limit = min(self.count, e.budget)
         self.done = 0
         self.finished = False
+        self.own = self._places_of_code() if self.repeat and insn.mnemonic in _STORING else ()
+
+    def _places_of_code(self) -> tuple[tuple[int, int], ...]:
+        """Where the instruction lies in RAM: (first byte, end) of its part on each page."""
+        e, length = self.e, self.insn.length
+        base = 0 if e.mode.bits == 64 else e.state.seg_base[CS]
+        linear = (base + self.insn.ip) & self.linear_mask
+        head = min(length, PAGE_SIZE - (linear & _INSIDE))
+        first = self.mmu.fetch_page(linear)
+        if head == length:
+            return ((first, first + length),)
+        second = self.mmu.fetch_page((linear + head) & self.linear_mask)
+        return (first, first + head), (second, second + length - head)
+
+    def _until_own_code(self, host: int, n: int) -> tuple[int, int]:
+        """What a store of ``n`` elements from the lowest at byte offset ``host`` on may do before the next fetch."""
+        for start, end in self.own:
+            length = n * self.size
+            if host < end and start < host + length:
+                clear = (host + length - end if self.backward else start - host) // self.size
+                if clear <= 0:
+                    self.limit = self.done + 1
+                keep = max(clear, 1)
+                host += (n - keep) * self.size if self.backward else 0
+                n = keep
+        return host, n
 
     def execute(self, element: Callable[[_Run], int]) -> int | None:
         """Call ``element`` (elements done now, 0 to stop here) until the limit, a fault or its own end."""
@@ -129,6 +159,10 @@ class _Run:
 
         For a write, what the pages' clients must know is done: exactly that many elements must be stored.
         """
+        host, n = self._reach(write, of_target, most)
+        return self._until_own_code(host, n) if write else (host, n)
+
+    def _reach(self, write: bool, of_target: bool, most: int) -> tuple[int, int]:
         offset, linear = (self.di, self.target_linear) if of_target else (self.si, self.source_linear)
         tlb, size = (self.mmu.stores if write else self.mmu.loads), self.size
         inside = linear & _INSIDE
@@ -234,6 +268,7 @@ def _move(run: _Run) -> int:
     if run.device_waits(ram):
         return 0
     run.mmu.write(run.target_linear, run.size, run.mmu.read(run.source_linear, run.size))
+    run.limit = run.done + 1  # it may have been the instruction itself
     return 1
 
 
@@ -274,6 +309,7 @@ def _store(run: _Run) -> int:
     if run.device_waits(run.is_ram(run.target_linear, True)):
         return 0
     run.mmu.write(run.target_linear, run.size, value)
+    run.limit = run.done + 1
     return 1
 
 

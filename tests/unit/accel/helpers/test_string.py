@@ -268,6 +268,32 @@ def test_stores_over_translated_code_are_seen() -> None:
     assert (box.reg(RAX), box.reg(3)) == (2, 4)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("code", ["f3aa", "f366ab", "f3ab", "f348ab", "f3a4", "f348a5"])
+@pytest.mark.parametrize("at", [0x9000, 0x9FF9, 0x9FFE, 0x9FFF])
+def test_what_overwrites_itself_is_fetched_again(code: str, backward: bool, at: int) -> None:
+    """A REP that stores over its own bytes ends there, wherever the run is cut (at 9fff it is on two pages)."""
+
+    def run(step: int) -> tuple[dict[str, object], bytes]:
+        box = Box().long_mode()
+        box.put(at, code + "90" * 0x60)
+        box.put(0xC000, "90" * 0x100)
+        state = box.state
+        state.regs[RCX], state.regs[RAX], state.rip = 0x20, int("90" * 8, 16), at
+        size = {"f366ab": 2, "f3ab": 4, "f348ab": 8, "f348a5": 8}.get(code, 1)
+        state.regs[RDI], state.regs[RSI] = at + 1 + (12 * size if backward else -12 * size), 0xC080
+        box.engine.set_rflags(flags.DF if backward else 0)
+        while box.clock.instructions < 0x40:
+            box.engine.run(min(0x40, box.clock.instructions + step))
+        box.engine.save_state()
+        assert 0 < state.regs[RCX] < 0x20
+        return state.architectural(), box.ram.read(0x8000, 0x5000)
+
+    whole = run(0x40)
+    assert run(1) == whole
+    assert run(7) == whole
+
+
 def test_writes_are_logged_once_a_page() -> None:
     box = Box().long_mode()
     box.ram.start_dirty_log()
