@@ -99,8 +99,7 @@ def _fits(code: bytes) -> tuple[bool, int, int]:
     if (
         not insn.valid
         or insn.length != len(code)
-        or (iced.code in (Code.POP_R64, Code.POP_R16)
-        and iced.op0_register in _KEEP_NARROW)
+        or (iced.code in (Code.POP_R64, Code.POP_R16) and iced.op0_register in _KEEP_NARROW)
     ):
         return False, 0, 0
     if iced.code in _UNICORN_DIFFERS and iced.op0_kind == OpKind.REGISTER:
