@@ -47,7 +47,7 @@ class Hold:
             machine.clock.pause()
             machine.status = "finish-migrate"
             held.set()
-            self._decided.wait()
+            self._wait_for_decision()
             if self._end_status is None:
                 machine.status = "running"
                 machine.clock.resume()
@@ -60,6 +60,15 @@ class Hold:
             self._helper.start()
             held.wait()
         self.taken = True
+
+    def _wait_for_decision(self) -> None:
+        while True:
+            try:
+                self._decided.wait()
+                return
+            except KeyboardInterrupt:
+                # The guest must not move while its state is on its way; it stops when the hold has ended.
+                self._machine.request_stop()
 
     def at_edge(self, function: Callable[[], T]) -> T:
         """``machine.at_edge``, or directly while the guest is held."""

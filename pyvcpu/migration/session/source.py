@@ -360,6 +360,8 @@ class SourceSession:
         with statistics.part("synchronise"):
             trace_save(machine, self._trace)
         with statistics.part("ram"):
+            if self._profile.switchover_start:
+                self._send(self._writer.switchover_start())
             yield from self._last_pass()
         with statistics.part("device-state"):
             self._send_devices(runstate)
