@@ -12,7 +12,6 @@ comparison of bytes when it comes back.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
 
 from pyvcpu.accel.tcg.builder import Mode
 from pyvcpu.accel.tcg.region import translate
@@ -20,39 +19,41 @@ from pyvcpu.accel.tcg.target.python import Code, lower
 from pyvcpu.memory.pages import PAGE_SIZE
 
 Key = tuple[Mode, int, int, int]
+"""Mode, CS base, RIP, RAM offset of the first byte."""
+SharedKey = tuple[Mode, int, bool]
+"""Mode, RIP, whether it is a single step."""
+Spans = tuple[tuple[int, int], ...]
+"""(start, end) of each block, relative to the first byte of the entry."""
 
 
 class Region:
     """Translated code in use by one engine. ``first`` is the instruction count of its entry block."""
 
-    __slots__ = ("code", "faults", "first", "function", "source", "spans")
+    __slots__ = ("code", "faults", "first", "function", "spans")
 
-    def __init__(self, code: Code, first: int, spans: tuple[tuple[int, int], ...], source: str) -> None:
+    def __init__(self, code: Code, first: int, spans: Spans) -> None:
         self.code = code.function.__code__
         self.function, self.faults, self.first = code.function, code.fault_lines, first
-        self.spans = spans  # (start, end) offsets from the entry's first byte
-        self.source = source
+        self.spans = spans
 
 
 class SharedStore:
     """Finished translations by (mode, RIP, variant), each with the bytes it was made from; bounded."""
 
     def __init__(self, capacity: int = 16384) -> None:
-        self._entries: OrderedDict[tuple[Any, ...], list[tuple[tuple[tuple[int, int], ...], list[bytes], Code, int]]]
-        self._entries, self._capacity = OrderedDict(), capacity
+        self._entries: OrderedDict[SharedKey, list[tuple[Spans, list[bytes], Code, int]]] = OrderedDict()
+        self._capacity = capacity
 
-    def find(self, code: bytes, at: int, key: tuple[Any, ...]) -> Region | None:
+    def find(self, code: bytes, at: int, key: SharedKey) -> Region | None:
         for spans, contents, made, first in self._entries.get(key, ()):
             if all(
                 at + s >= 0 and at + e <= len(code) and code[at + s : at + e] == content
                 for (s, e), content in zip(spans, contents, strict=True)
             ):
-                return Region(made, first, spans, made.source)
+                return Region(made, first, spans)
         return None
 
-    def add(
-        self, code: bytes, at: int, key: tuple[Any, ...], made: Code, first: int, spans: tuple[tuple[int, int], ...]
-    ) -> None:
+    def add(self, code: bytes, at: int, key: SharedKey, made: Code, first: int, spans: Spans) -> None:
         entry = self._entries.setdefault(key, [])
         entry.append((spans, [code[at + s : at + e] for s, e in spans], made, first))
         del entry[:-4]
@@ -94,7 +95,7 @@ class CodeCache:
         made = lower(blocks, slow=slow)
         first = len(blocks[0].insns)
         SHARED.add(code, at, key, made, first, spans)
-        return Region(made, first, spans, made.source)
+        return Region(made, first, spans)
 
     def insert(self, region: Region, key: Key, page: int, *, slow: bool) -> None:
         """Keep a region, all of whose bytes are on RAM page ``page``."""

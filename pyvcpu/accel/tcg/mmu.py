@@ -5,7 +5,7 @@
 A TLB is a dict: page number -> (RAM offset less linear address), filled by ``__missing__`` and so
 free when it hits. A load entry needs a present page; a store entry needs one that is also writable, dirty
 already, and holds no translated code. What cannot be filled raises :class:`SlowAccess`: the engine then
-runs that one instruction with :meth:`Mmu.slow_load` and :meth:`Mmu.slow_store`, which serve every
+runs that one instruction with :meth:`Mmu.read` and :meth:`Mmu.write`, which serve every
 case, exactly and with the exact fault.
 
 Page walk: SDM 3A 4.5 (4-level), faults and error codes 4.7, accessed and dirty flags 4.8.
@@ -237,14 +237,6 @@ class Mmu:
 
     # -- the slow path: every case, exactly ----------------------------------------------------
 
-    def slow_load(self, linear: int, size: int) -> int:
-        """What the instruction running now reads, with its own privilege."""
-        return self.read(linear, size)
-
-    def slow_store(self, linear: int, size: int, value: int) -> None:
-        """What the instruction running now writes, with its own privilege."""
-        self.write(linear, size, value)
-
     def read(self, linear: int, size: int, supervisor: bool = False) -> int:
         """An unsigned little-endian item of ``size`` bytes; both pages are checked before MMIO is touched."""
         at = self._loadable(linear, size, supervisor)
@@ -324,18 +316,6 @@ class Mmu:
     def check_write(self, linear: int, size: int, supervisor: bool = False) -> None:
         """Raise what a write there would raise; writes nothing but accessed and dirty flags."""
         self._parts(linear, size, True, supervisor)
-
-    def host_range(self, linear: int, write: bool) -> tuple[int, int] | None:
-        """(byte offset in RAM, bytes up to the page's end), or None where accesses must go one by one.
-
-        Raises nothing: where the page faults, the access itself will say so.
-        """
-        linear &= _MASK64 if self.long else 0xFFFFFFFF
-        try:
-            delta = (self.stores if write else self.loads)[linear >> PAGE_SHIFT]
-        except SlowAccess:
-            return None
-        return delta + linear, PAGE_SIZE - (linear & _OFFSET)
 
     def _parts(self, linear: int, size: int, write: bool, supervisor: bool) -> list[tuple[int, int]]:
         """(gpa, bytes) of each page that the access touches, all of them translated."""

@@ -89,9 +89,6 @@ SPECS: dict[str, Spec] = {
     "helper": Spec("i", False, 0, "end"),
 }  # fmt: skip
 
-UNIFORM = frozenset({"add", "sub", "and", "or", "xor", "mul", "mulhu", "mulhs", "mov"})
-"""Ops whose every source is taken at width ``x``: a zero-extension in front of them is idle."""
-
 
 def source_width(op: Op, position: int) -> int:
     """How many low bits of source ``position`` (0-based) the op looks at."""
@@ -136,20 +133,3 @@ def dest_width(op: Op) -> int:
     if SPECS[name].x == "w":
         return int(x)
     return 64
-
-
-def show(op: Op, consts: list[int]) -> str:
-    """One line for logs: ``rax = add.64 rbx #0x8``."""
-    from pyvcpu.cpu.layout import REG_NAMES
-
-    def name(i: int | None) -> str:
-        if i is None:
-            return "-"
-        if i < 0:
-            return f"#{consts[-1 - i]:#x}"
-        return REG_NAMES[i] if i < 16 else {16: "cc_op", 17: "cc_dst", 18: "cc_src"}.get(i, f"t{i - FIRST_TEMP}")
-
-    x = op[1]
-    suffix = "" if x is None else "." + (",".join(map(str, x)) if isinstance(x, tuple) else str(x))
-    head = f"{name(op[2])} = " if op[2] is not None else ""
-    return f"{head}{op[0]}{suffix} {' '.join(name(s) for s in op[3:])}".rstrip()

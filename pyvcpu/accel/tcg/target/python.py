@@ -456,7 +456,7 @@ class _Block:
 
     def _load(self, a: str, width: int) -> str:
         if self.region.slow:
-            return f"M.slow_load({a}, {width // 8})"
+            return f"M.read({a}, {width // 8})"
         view, shift = _VIEWS[width]
         if shift == 0:
             return f"B[R[{a} >> 12] + {a}]"
@@ -466,7 +466,7 @@ class _Block:
     def _store(self, a: str, width: int, value: str, index: int) -> None:
         if self.region.slow:
             self._mark(index)
-            self.line(f"M.slow_store({a}, {width // 8}, {value})")
+            self.line(f"M.write({a}, {width // 8}, {value})")
             return
         view, shift = _VIEWS[width]
         if shift == 0:
