@@ -6,11 +6,10 @@ zero, those beyond the highest too (there QEMU answers with leaf DH, which is ze
 
 from __future__ import annotations
 
+from pyvcpu.cpu.state import CPUID_SIGNATURE
+
 Registers = tuple[int, int, int, int]
 """EAX, EBX, ECX, EDX."""
-
-SIGNATURE = 0x60FB1
-"""Family 15, model 107, stepping 1."""
 
 _FPU, _APIC, _MMX, _FXSR, _SSE, _SSE2 = 1 << 0, 1 << 9, 1 << 23, 1 << 24, 1 << 25, 1 << 26
 _SSE3, _SVM = 1 << 0, 1 << 2
@@ -22,11 +21,11 @@ LACKING_80000001_ECX = _SVM
 
 _LEAVES: dict[int, Registers] = {
     0x00000000: (0xD, 0x68747541, 0x444D4163, 0x69746E65),  # AuthenticAMD
-    0x00000001: (SIGNATURE, 0x00000800, 0x80002001 & ~LACKING_1_ECX, 0x078BFBFD & ~LACKING_1_EDX),
+    0x00000001: (CPUID_SIGNATURE, 0x00000800, 0x80002001 & ~LACKING_1_ECX, 0x078BFBFD & ~LACKING_1_EDX),
     0x00000005: (0, 0, 3, 0),
     0x40000000: (0x40000001, 0x54474354, 0x43544743, 0x47435447),  # TCGTCGTCGTCG
     0x80000000: (0x8000000A, 0x68747541, 0x444D4163, 0x69746E65),
-    0x80000001: (SIGNATURE, 0, 5 & ~LACKING_80000001_ECX, 0x2193FBFD & ~LACKING_1_EDX),
+    0x80000001: (CPUID_SIGNATURE, 0, 5 & ~LACKING_80000001_ECX, 0x2193FBFD & ~LACKING_1_EDX),
     0x80000002: (0x554D4551, 0x72695620, 0x6C617574, 0x55504320),  # QEMU Virtual CPU version 2.5+
     0x80000003: (0x72657620, 0x6E6F6973, 0x352E3220, 0x0000002B),
     0x80000005: (0x01FF01FF, 0x01FF01FF, 0x40020140, 0x40020140),  # L1 caches and TLBs
