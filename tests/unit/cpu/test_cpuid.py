@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pyvcpu.cpu.cpuid import LACKING_1_EDX, SIGNATURE, cpuid
+from pyvcpu.cpu.cpuid import LACKING_1_EDX, cpuid
+from pyvcpu.cpu.state import CPUID_SIGNATURE
 from pyvcpu.cpu.state import CPUID_SIGNATURE
 
 
@@ -20,7 +21,7 @@ def test_names() -> None:
 
 
 def test_the_signature_is_the_one_in_edx_after_reset() -> None:
-    assert cpuid(1, 0)[0] == cpuid(0x80000001, 0)[0] == SIGNATURE == CPUID_SIGNATURE
+    assert cpuid(1, 0)[0] == cpuid(0x80000001, 0)[0] == CPUID_SIGNATURE == CPUID_SIGNATURE
 
 
 def test_features() -> None:
