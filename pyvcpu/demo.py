@@ -25,7 +25,7 @@ from pyvcpu.errors import MigrationError
 from pyvcpu.machine import MIB, Machine, MachineConfig, make_machine
 from pyvcpu.machine.guests import load_guest
 from pyvcpu.migration.channel import connect, listen
-from pyvcpu.migration.session import DestinationSession, MigrationParameters, SourceSession
+from pyvcpu.migration.session import DestinationSession, MigrationParameters, SourceSession, Step
 
 MEMORY = 64 * MIB
 GUEST = {"rate": 4, "pages": 1024, "ticks": 500, "beats": 10, "sequence": 1}
@@ -65,19 +65,18 @@ def _source(uri: str) -> None:
         machine, connect(uri), MigrationParameters(max_bandwidth=MAX_BANDWIDTH, downtime_limit=DOWNTIME_LIMIT)
     )
     session.states.listeners.append(lambda old, new: _emit("status", status=new))
-    session.start()
-    shown = 0
-    while not session.states.final:
-        time.sleep(0.02)
-        statistics = session.statistics
-        if statistics.iterations:
-            now = statistics.iterations[-1]
-            sent = now.pages + now.zero_pages
-            if sent != shown:
-                shown = sent
-                _emit("progress", iteration=now.number, sent=sent, total=statistics.total_pages)
+    to_send = 0
+
+    def report(step: Step) -> None:
+        nonlocal to_send
+        if step.name == "synchronised":
+            to_send = step.detail
+        elif step.name in ("batch", "iteration"):
+            now = session.statistics.iterations[-1]
+            _emit("progress", iteration=now.number, sent=now.pages + now.zero_pages, total=to_send)
+
     try:
-        session.wait()
+        session.run(report)
     except MigrationError as error:
         _emit("failed", message=str(error))
         machine.stop()
@@ -219,11 +218,11 @@ class _Show:
             if self._progress is None:
                 if number not in self._tasks:
                     self._tasks[number] = None
-                    self.say(f"iteration {number}")
+                    self.say(f"iteration {number}: {total:,} pages")
                 return
             if number not in self._tasks:
                 self._tasks[number] = self._progress.add_task(f"iteration {number}", total=total)
-            self._progress.update(self._tasks[number], completed=sent)
+            self._progress.update(self._tasks[number], completed=sent, total=max(total, sent))
 
     def close(self) -> None:
         if self._progress is not None:

@@ -148,10 +148,15 @@ class SourceSession:
         """Leave ``pre-switchover`` (QEMU's ``migrate-continue``)."""
         self._continued.set()
 
-    def run(self) -> Statistics:
-        """Migrate; returns when the guest lives over there. Raises MigrationError otherwise (see the module)."""
+    def run(self, on_step: Callable[[Step], None] | None = None) -> Statistics:
+        """Migrate; returns when the guest lives over there. Raises MigrationError otherwise (see the module).
+
+        ``on_step`` hears of each step when it is done, from this thread.
+        """
         with _brisk_switching(), contextlib.closing(self.steps()) as steps:
             for step in steps:
+                if on_step is not None:
+                    on_step(step)
                 if step.name == "pause":
                     self._cancelled.wait(step.seconds)
                 elif step.name == "return-path":
