@@ -24,7 +24,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pyvcpu.errors import ChannelError, MigrationError
