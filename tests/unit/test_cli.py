@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +29,12 @@ def one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
     assert lines[-1].startswith("pyvcpu: "), done.stderr
     for part in parts:
         assert part in lines[-1], done.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def real_mode(path: Path, code: str) -> str:
@@ -214,7 +221,7 @@ def test_the_monitor() -> None:
 
 @pytest.mark.parametrize("scheme", ["unix", "tcp"])
 def test_live_between_two_processes(scheme: str, tmp_path: Path) -> None:
-    uri = f"unix:{tmp_path / 'socket'}" if scheme == "unix" else "tcp:127.0.0.1:45191"
+    uri = f"unix:{tmp_path / 'socket'}" if scheme == "unix" else f"tcp:127.0.0.1:{free_port()}"
     guest = "ticker,beats=12,ticks=100,pages=64"
     target = Monitored("-m", "16", "--incoming", "defer", *DEBUG_EXIT)
     source = Monitored("-m", "16", "--guest", guest, "--sleep", "on", *DEBUG_EXIT)
