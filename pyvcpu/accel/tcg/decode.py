@@ -57,6 +57,25 @@ def decode(code: bytes, ip: int, bits: int) -> Insn:
     return Insn(iced, code[: iced.len], bits)
 
 
+_PREFIXES = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3))
+
+
+def is_too_long(code: bytes, ip: int, bits: int) -> bool:
+    """Whether undecodable ``code`` is an instruction that repeated prefixes stretch beyond ``MAX_LENGTH``.
+
+    That is #GP(0), not #UD (SDM 3A 6.15, interrupt 13).
+    """
+    count = next((i for i, byte in enumerate(code) if byte not in _PREFIXES), len(code))
+    distinct = bytes(dict.fromkeys(code[:count]))
+    shortened = decode(distinct + code[count:] + bytes(MAX_LENGTH), ip, bits)
+    return shortened.valid and shortened.length + count - len(distinct) > MAX_LENGTH
+
+
+def may_go_on(head: bytes, ip: int, bits: int) -> bool:
+    """Whether undecodable ``head`` is the beginning of an instruction; if not, no byte behind it is fetched."""
+    return any(decode(head + bytes([byte]) + bytes(MAX_LENGTH), ip, bits).valid for byte in (0, 0xC0, *range(256)))
+
+
 def decode_block(code: bytes, ip: int, bits: int, limit: int) -> list[Insn]:
     """Instructions from ``ip`` on, up to ``limit``, to the end of ``code`` or to the first that ends a basic block.
 

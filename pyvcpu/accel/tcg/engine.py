@@ -29,14 +29,14 @@ from pyvcpu.accel.base import Accelerator, Exit
 from pyvcpu.accel.tcg import flags
 from pyvcpu.accel.tcg.builder import Mode
 from pyvcpu.accel.tcg.cache import CodeCache, Region
-from pyvcpu.accel.tcg.decode import MAX_LENGTH, Insn, decode
+from pyvcpu.accel.tcg.decode import MAX_LENGTH, Insn, decode, is_too_long, may_go_on
 from pyvcpu.accel.tcg.helpers import HELPERS
 from pyvcpu.accel.tcg.interrupts import deliver_exception, deliver_interrupt
 from pyvcpu.accel.tcg.mmu import EFER_LMA, Mmu, NonCanonical, SlowAccess
 from pyvcpu.accel.tcg.target.python import HelperCall
 from pyvcpu.apic.local import LocalApic
 from pyvcpu.clock import NEVER, Clock, IcountClock
-from pyvcpu.cpu.events import DB, NMI, UD, GuestException
+from pyvcpu.cpu.events import DB, GP, NMI, UD, GuestException
 from pyvcpu.cpu.events import SS as STACK_FAULT
 from pyvcpu.cpu.injection import restart_events
 from pyvcpu.cpu.layout import CS, DS, ES, MP_HALTED, MP_RUNNABLE, RSP, SS
@@ -397,17 +397,20 @@ class TcgEngine(Accelerator):
     def _crossing(self, rip: int, linear: int, head: bytes) -> Region:
         """An instruction that crosses into the next page, as a single step. It is kept nowhere by address:
         the shared store compares its bytes each time, so neither page needs to be watched."""
-        if len(head) >= MAX_LENGTH or decode(head, rip, self.mode.bits).valid:
-            raise GuestException(UD)
+        if len(head) >= MAX_LENGTH or not may_go_on(head, rip, self.mode.bits):
+            raise self._undefined(head, rip)
         second = self.mmu.fetch_page((linear + len(head)) & ((1 << 64) - 1 if self.mode.bits == 64 else 0xFFFFFFFF))
         if second < 0:
             self._not_ram(rip, linear + len(head))
-        region = self.cache.get(
-            head + bytes(self.mmu.bytes[second : second + MAX_LENGTH]), 0, self.mode, rip, slow=True
-        )
+        code = head + bytes(self.mmu.bytes[second : second + MAX_LENGTH])
+        region = self.cache.get(code, 0, self.mode, rip, slow=True)
         if region is None:
-            raise GuestException(UD)
+            raise self._undefined(code, rip)
         return region
+
+    def _undefined(self, code: bytes, rip: int) -> GuestException:
+        too_long = is_too_long(code[: 2 * MAX_LENGTH], rip, self.mode.bits)
+        return GuestException(GP, 0) if too_long else GuestException(UD)
 
     def _not_ram(self, rip: int, linear: int) -> NoReturn:
         raise UnsupportedInstruction(b"", "fetch", self.mode_name, rip, f"code at {linear:#x} is not in RAM or ROM")
