@@ -169,6 +169,11 @@ def _all_or_nothing(value: int) -> bool:
     return value in (0, _MASK64)
 
 
+def _bank_control(value: int) -> bool:
+    """MCi_CTL: all or nothing; kernels for this family clear bit 10 of bank 4, whose GART walks raise false errors."""
+    return _all_or_nothing(value | 1 << 10 if value else 0)
+
+
 def _pat(value: int) -> bool:
     return all(value >> 8 * i & 0xFF in (0, 1, 4, 5, 6, 7) for i in range(8))
 
@@ -226,7 +231,7 @@ MSRS: dict[int, Msr] = {
     },
     0x277: Msr(lambda cpu: int(cpu.state.pat), _write_pat),
     0x2FF: Msr(lambda cpu: int(cpu.state.mtrr_deftype), _write_mtrr_default),
-    **{0x400 + i: _item("mce_banks", i, _all_or_nothing if i % 4 == 0 else lambda value: True) for i in range(40)},
+    **{0x400 + i: _item("mce_banks", i, _bank_control if i % 4 == 0 else lambda value: True) for i in range(40)},
     0xC0000080: Msr(lambda cpu: int(cpu.state.efer), _write_efer),
     0xC0000081: _field("star"),
     0xC0000082: _field("lstar", canonical=True),

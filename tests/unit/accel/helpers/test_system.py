@@ -133,6 +133,9 @@ def test_debug_registers() -> None:
     assert outcome(box, "0f21e3") == (UD, 0)
     box.state.regs[RAX] = 1 << 32
     assert outcome(box, "0f23f8") == (GP, 0)
+    box.state.regs[RAX] = 0xFFFFDF00
+    box.run("0f23f8", 1)
+    assert box.state.dr[7] == 0xFFFF0700  # 10 is fixed at 1, 11, 12, 14 and 15 at 0
     box.state.regs[RAX] = 1
     with pytest.raises(UnsupportedInstruction, match="breakpoints"):
         box.run("0f23f8", 1)
