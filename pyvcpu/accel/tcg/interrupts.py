@@ -236,7 +236,7 @@ def _protected(e: TcgEngine, event: _Event) -> None:
         stack = _stack_segment(e, event, stack_selector, cpl)
         if eip > code.limit:
             raise GuestException(GP, event.ext)
-        values = [state.seg_selector[SS], stack_pointer(e), *values]
+        values = [state.seg_selector[SS], state.regs[RSP], *values]  # all of ESP, also of a 16-bit stack
         width = 32 if stack.high & segments.DB else 16
         store_frame(e, stack.base, top, width, size, values, True)
         code, stack = segments.mark_accessed(e.mmu, code), segments.mark_accessed(e.mmu, stack)

@@ -376,6 +376,18 @@ def test_protected_mode_out_of_ring_3() -> None:
     assert box.state.rip == CODE + 3
 
 
+def test_protected_mode_pushes_all_of_esp_for_a_16_bit_stack() -> None:
+    box = Box().protected(user=True)
+    box.put_int(TSS + 4, 4, 0x5000)
+    box.put_int(TSS + 8, 2, KERNEL_DS)
+    box.gate32(0x40, HANDLER)
+    box.state.seg_flags[SS] &= ~(1 << 22)
+    box.engine.load_state()
+    box.state.regs[RSP] = 0x12345678
+    deliver_interrupt(box.engine, 0x40)
+    assert box.frame(5, 4)[3:] == [0x12345678, USER_DS | 3]
+
+
 @pytest.mark.parametrize(
     ("selector", "expected"),
     [
