@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pyvcpu.cpu.cpuid import LACKING_1_EDX, cpuid
-from pyvcpu.cpu.state import CPUID_SIGNATURE
-from pyvcpu.cpu.state import CPUID_SIGNATURE
+from pyvcpu.cpu.layout import RDX
+from pyvcpu.cpu.state import CPUID_SIGNATURE, CpuState
 
 
 def text(*registers: int) -> str:
@@ -21,7 +21,9 @@ def test_names() -> None:
 
 
 def test_the_signature_is_the_one_in_edx_after_reset() -> None:
-    assert cpuid(1, 0)[0] == cpuid(0x80000001, 0)[0] == CPUID_SIGNATURE == CPUID_SIGNATURE
+    state = CpuState()
+    state.reset()
+    assert cpuid(1, 0)[0] == cpuid(0x80000001, 0)[0] == CPUID_SIGNATURE == state.regs[RDX]
 
 
 def test_features() -> None:
