@@ -9,7 +9,8 @@ from tests.unit.accel.snippets import Outcome, Program, listing, make_program, r
 BATCH = 150
 
 # Programs that once went wrong, as seeds of (seed, length).
-FOUND = [(10, 1), (126, 1), (128, 1), (4201, 20), (5338, 20), (7577, 20), (7841, 20)]
+FOUND = [(10, 1), (126, 1), (128, 1), (4201, 20), (5338, 20), (7577, 20), (7841, 20), (116525, 6), (119778, 19)]
+FOUND_BY_ADDRESS = [(7, 8), (38, 39)]
 
 
 def differences(ours: Outcome, theirs: Outcome, program: Program) -> list[str]:
@@ -25,8 +26,8 @@ def differences(ours: Outcome, theirs: Outcome, program: Program) -> list[str]:
     return out
 
 
-def check(seed: int, length: int) -> None:
-    program = make_program(seed, length)
+def check(seed: int, length: int, *, addresses: bool = False) -> None:
+    program = make_program(seed, length, addresses=addresses)
     found = differences(run_python_target(program), run_unicorn(program), program)
     assert not found, f"seed {seed}, length {length}\n{listing(program)}\n" + "\n".join(found)
 
@@ -36,6 +37,19 @@ def test_random_programs(first: int) -> None:
     pytest.importorskip("unicorn")
     for seed in range(first, first + BATCH):
         check(seed, 1 + seed % 30)
+
+
+@pytest.mark.parametrize("first", range(0, 3 * BATCH, BATCH))
+def test_random_programs_with_every_form_of_address(first: int) -> None:
+    pytest.importorskip("unicorn")
+    for seed in range(first, first + BATCH):
+        check(seed, 1 + seed % 30, addresses=True)
+
+
+@pytest.mark.parametrize(("seed", "length"), FOUND_BY_ADDRESS)
+def test_programs_with_addresses_that_failed_once(seed: int, length: int) -> None:
+    pytest.importorskip("unicorn")
+    check(seed, length, addresses=True)
 
 
 @pytest.mark.parametrize(("seed", "length"), FOUND)

@@ -140,8 +140,8 @@ def cmpxchg(b: Builder, insn: Insn) -> None:
             written = b.op("mov", width, new)
         else:
             written = b.op("dep", (target.low, width), target.number, new)
-        result = b.op("movc", ("eq", width), expected, old, written, b.op("mov", 64, target.number))
-        # The accumulator first: where it is the destination too, the comparison held and `result` is right.
+        other = kept if target.number == RAX else b.op("mov", 64, target.number)  # of AH, AL may differ
+        result = b.op("movc", ("eq", width), expected, old, written, other)
         b.put(RAX, kept)
         b.put(target.number, result)
     else:

@@ -48,7 +48,8 @@ def bit_test(b: Builder, insn: Insn) -> None:
 def _displaced(b: Builder, insn: Insn, selector: int, width: int) -> int:
     """Linear address of the operand-sized unit that holds the bit."""
     address_width = b.address_width(insn.iced)
-    units = b.op("sar", 64, b.op("sext", (width, 64), selector), b.const({16: 4, 32: 5, 64: 6}[width]))
+    signed = selector if width == 64 else b.op("sext", (width, 64), selector)
+    units = b.op("sar", 64, signed, b.const({16: 4, 32: 5, 64: 6}[width]))
     offset = b.op("lea", (width // 8, 0, address_width), b.offset(insn.iced), units)
     return b.linear(SEGMENTS[insn.iced.memory_segment], offset)
 
