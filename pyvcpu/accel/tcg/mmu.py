@@ -159,12 +159,16 @@ class Mmu:
         return GuestException(PF, error, cr2=linear)
 
     def _fill(self, page: int, write: bool, user: bool) -> int:
-        """RAM offset less linear address, for a TLB entry; SlowAccess where there can be none."""
+        """RAM offset less linear address, for a TLB entry; SlowAccess where there can be none.
+
+        A sum of registers beyond 64 bits, as of an index that is negative, has an entry of its own: the offset
+        takes the wrapping in. All that drops entries drops all.
+        """
         linear = page << PAGE_SHIFT
-        if linear < 0 or linear > (_MASK64 if self.long else 0xFFFFFFFF):
+        if not self.long and not 0 <= linear <= 0xFFFFFFFF:
             raise SlowAccess
         try:
-            gpa = self.translate(linear, write=write, user=user)
+            gpa = self.translate(linear & _MASK64, write=write, user=user)
         except GuestException:
             raise SlowAccess from None
         offset = self.bus.lookup_page(gpa >> PAGE_SHIFT)

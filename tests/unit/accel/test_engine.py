@@ -122,3 +122,13 @@ def test_addresses_wrap_at_64_bits() -> None:
     machine.ram.write(0x7EF8, (0xABCD).to_bytes(8, "little"))
     machine.run(1)
     assert machine.cpu.regs[RAX] == 0xABCD
+
+
+def test_a_negative_index_is_as_fast_as_any() -> None:
+    """Compilers count an index up to 0: the sum wraps, and must not take the slow way each time."""
+    # add rax, [rdi+rcx*8]; inc rcx; jnz; jmp $
+    machine = machine_with("480304cf 48ffc1 75f7 ebfe", rdi=0x101000, rcx=(1 << 64) - 600)
+    machine.ram.write(0x101000 - 8 * 600, (1).to_bytes(8, "little") * 600)
+    machine.run(3 * 600)
+    assert machine.cpu.regs[RAX] == 600
+    assert not machine.engine.cache.steps  # nothing was single-stepped
