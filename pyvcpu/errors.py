@@ -68,7 +68,8 @@ class MigrationError(PyvcpuError):
             text += f" ({', '.join(where)})"
         if self.expected is not None or self.got is not None:
             text += f": expected {_show(self.expected)}, got {_show(self.got)}"
-        return text
+        # Names and texts are the other end's, and this goes to a terminal.
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class ChannelError(MigrationError):

@@ -24,8 +24,8 @@ from typing import Any, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from pyvcpu.analysis.explain import fill, number
-from pyvcpu.analysis.tree import Node, values_tree, vmdesc_tree
+from pyvcpu.analysis.explain import number
+from pyvcpu.analysis.tree import Described, Node, values_tree
 from pyvcpu.apic.vmstate import APIC
 from pyvcpu.cpu.vmstate import CPU, CPU_COMMON
 from pyvcpu.devices.vmstate import SERIAL
@@ -47,11 +47,15 @@ from pyvcpu.migration.wire.records import (
     SectionStart,
     Vmdesc,
 )
+from pyvcpu.migration.wire.vmdesc import devices_of
 
 KNOWN = {d.name: d for d in (TIMER, CPU_COMMON, CPU, KVM_TPR_OPT, APIC, SERIAL, GLOBALSTATE)}
 """The descriptions by which sections are shown."""
 
 CHUNK = 1 << 20
+
+MAX_COMMANDS = 4096
+"""Commands that are kept to be shown; a migration has a few, plus one for each pass over RAM at most."""
 
 
 @dataclass
@@ -97,6 +101,8 @@ class Inspection:
     ram_offset: int | None = None
     ram_bytes: int = 0
     commands: list[Command] = field(default_factory=list)
+    """The first of them, at most MAX_COMMANDS."""
+    command_count: int = 0
     sections: list[tuple[SectionFull, list[Node]]] = field(default_factory=list)
     vmdesc: Vmdesc | None = None
     rest: Opaque | None = None
@@ -129,7 +135,7 @@ class Inspection:
             nodes.append(Node("ram", self.ram_offset, self.ram_bytes, children=blocks, text=f"{self.ram_parts} parts"))
         if self.commands:
             nodes.append(
-                Node("commands", None, None, children=[
+                Node("commands", None, None, text=self._more_commands(), children=[
                     Node(c.command.name, c.offset, c.length, c.value if c.payload else None, _payload(c))
                     for c in self.commands
                 ])
@@ -140,6 +146,10 @@ class Inspection:
                 text += " (by the stream's vmdesc)" if section.by == "vmdesc" else " (a guess, by its footer)"
             nodes.append(Node(section.key, section.offset, section.length, None, text, section.name, fields))
         return nodes
+
+    def _more_commands(self) -> str:
+        more = self.command_count - len(self.commands)
+        return f"{self.command_count}, of which the last {more} are not shown" if more else ""
 
     def find(self, path: str) -> Node | None:
         """The node at ``section[/instance][/field]``; the first instance where none is named."""
@@ -159,6 +169,7 @@ class Inspection:
                 "parts": self.ram_parts,
                 "blocks": [block.to_json() for block in self.ram.values()],
             },
+            "command_count": self.command_count,
             "commands": [
                 {"offset": c.offset, "command": c.command.name, "value": c.value if c.payload else None}
                 for c in self.commands
@@ -238,15 +249,15 @@ def _inspect(chunks: Iterator[bytes], known: dict[str, Description], page: tuple
             _add(found, sections, record, page)
         # What was not read counts too.
         found.size += sum(len(chunk) for chunk in chunks)
-    devices = (found.vmdesc.description if found.vmdesc else {}).get("devices", [])
-    described = {(d.get("name"), d.get("instance_id")): d for d in devices if isinstance(d, dict)}
+    devices = devices_of(found.vmdesc.description) if found.vmdesc else []
+    entries = {(device["name"], device["instance_id"]): device for device in devices}
+    described = Described()
     for section in sections:
         if section.values is not None:
             fields = values_tree(section.name, section.values, section.spans)
-        elif section.by == "vmdesc" and (section.name, section.instance_id) in described:
-            fields = vmdesc_tree(described[section.name, section.instance_id], section.data, section.data_offset)
         else:
-            fields = [Node("data", section.data_offset, len(section.data), section.data, fill(section.data))]
+            entry = entries.get((section.name, section.instance_id)) if section.by == "vmdesc" else None
+            fields = described.tree(entry, section.data, section.data_offset)
         found.sections.append((section, fields))
     return found
 
@@ -266,7 +277,9 @@ def _add(found: Inspection, sections: list[SectionFull], record: Record, page: t
             if found.ram_offset is None:
                 found.ram_offset = record.offset
         case Command():
-            found.commands.append(record)
+            found.command_count += 1
+            if len(found.commands) < MAX_COMMANDS:
+                found.commands.append(record)
         case SectionFull():
             sections.append(record)
         case Vmdesc():
@@ -334,7 +347,7 @@ def write_text(found: Inspection, out: TextIO) -> None:
     if found.rest is not None:
         _line(found.rest.offset, found.rest.length, "data that could not be split into sections", out)
     if found.vmdesc is not None:
-        count = len(found.vmdesc.description.get("devices", []))
+        count = len(devices_of(found.vmdesc.description))
         _line(found.vmdesc.offset, found.vmdesc.length, f"vmdesc: {count} devices", out)
     unknown = [section.key for section, _ in found.sections if section.values is None]
     if unknown:

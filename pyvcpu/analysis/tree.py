@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pyvcpu.analysis.explain import ALIASES, explain
+from pyvcpu.errors import MigrationError
 from pyvcpu.migration.vmstate.codec import locate
 from pyvcpu.migration.vmstate.cursor import Span
 from pyvcpu.migration.vmstate.description import SUBSECTIONS, short_name
+from pyvcpu.migration.wire.vmdesc import MAX_DEPTH, field_size, section_size, subsection_head
 
 _INTEGERS = {
     "int8": ">b", "uint8": ">B", "int16": ">h", "uint16": ">H", "int32": ">i", "uint32": ">I", "int64": ">q",
@@ -127,51 +129,93 @@ class _Builder:
         return made
 
 
-def vmdesc_tree(device: Mapping[str, Any], data: bytes, offset: int) -> list[Node]:
-    """The nodes of ``data``, byte ``offset`` of the stream, by its entry in the vmdesc's "devices"."""
-    nodes, _ = _described(device, data, 0, offset, 0)
-    return nodes
+MAX_NODES = 1 << 17
+"""Fields that are shown by what a stream says of itself, in all its sections."""
 
 
-def _described(shape: Mapping[str, Any], data: bytes, at: int, base: int, depth: int) -> tuple[list[Node], int]:
-    nodes: list[Node] = []
-    if depth > 32:
-        return nodes, at
-    for entry in shape.get("fields", ()):
-        name, size = str(entry["name"]), int(entry["size"])
-        count = entry.get("array_len")
+class Described:
+    """Makes nodes of sections by their entry in the stream's own vmdesc.
+
+    A vmdesc is what a stranger says. A structure is taken apart only where its fields fill it exactly, and
+    only as many are made as a reader could want; everything else is one node with its raw bytes.
+    """
+
+    def __init__(self, max_nodes: int = MAX_NODES) -> None:
+        self._left = max_nodes
+
+    def tree(self, device: Mapping[str, Any] | None, data: bytes, offset: int) -> list[Node]:
+        """The nodes of a section's ``data``, which is byte ``offset`` of the stream."""
+        nodes = self._structure(device, data, 0, len(data), offset, 0)
+        return [_raw("data", data, offset)] if nodes is None else nodes
+
+    def _structure(self, shape: Any, data: bytes, at: int, end: int, base: int, depth: int) -> list[Node] | None:
+        """The fields of ``data[at:end]``, which is byte ``base + at`` of the stream; None where they do not fit."""
+        try:
+            if depth > MAX_DEPTH or section_size(shape) != end - at:
+                return None
+        except MigrationError:
+            return None
+        subsections = shape.get("subsections", [])
+        if not self._may(len(shape["fields"]) + len(subsections)):
+            return None
+        nodes: list[Node] = []
+        for entry in shape["fields"]:
+            nodes.append(self._field(entry, data, at, base, depth))
+            at += field_size(entry)
+        for sub in subsections:
+            head, size = subsection_head(sub), section_size(sub)
+            if data[at : at + len(head)] != head:
+                return None
+            start, at = at + len(head), at + len(head) + size
+            name = short_name(sub["vmsd_name"])
+            children = self._structure(sub, data, start, at, base, depth + 1)
+            if children is None:
+                children = [_raw("data", data[start:at], base + start)]
+            nodes.append(Node(label(name), base + start - len(head), len(head) + size, children=children))
+        return nodes
+
+    def _field(self, entry: Mapping[str, Any], data: bytes, at: int, base: int, depth: int) -> Node:
+        """One field with all its elements."""
+        name = str(entry.get("name", "?"))
         if "index" in entry:
             name = f"{name}[{entry['index']}]"
+        name, count, size = label(name), entry.get("array_len"), entry["size"]
         if count is None:
-            nodes.append(_entry(name, entry, data, at, base, depth))
-            at += size
-            continue
-        children = []
-        start = at
-        for index in range(int(count)):
-            children.append(_entry(f"[{index}]", entry, data, at, base, depth))
-            at += size
+            return self._element(name, entry, data, at, base, depth)
+        if not size or not self._may(count):
+            return _raw(name, data[at : at + count * size], base + at)
+        children = [self._element(f"[{index}]", entry, data, at + index * size, base, depth) for index in range(count)]
         values = [child.value for child in children]
         known = None if any(value is None for value in values) else values
-        nodes.append(Node(name, base + start, at - start, known, explain("", "", known), children=children))
-    for sub in shape.get("subsections", ()):
-        name = str(sub["vmsd_name"])
-        start = at
-        children, at = _described(sub, data, at + 2 + len(name) + 4, base, depth + 1)
-        nodes.append(Node(short_name(name), base + start, at - start, children=children))
-    return nodes, at
+        return Node(name, base + at, count * size, known, explain("", "", known), children=children)
 
-
-def _entry(name: str, entry: Mapping[str, Any], data: bytes, at: int, base: int, depth: int) -> Node:
-    """One field, or one element of an array."""
-    size = int(entry["size"])
-    shape = entry.get("struct") or (entry if "fields" in entry else None)
-    if shape is not None:
-        children, _ = _described(shape, data, at, base, depth + 1)
-        return Node(name, base + at, size, children=children)
-    raw = data[at : at + size]
-    layout = _INTEGERS.get(str(entry.get("type")))
-    value: Any = raw
-    if layout is not None and struct.calcsize(layout) == len(raw):
+    def _element(self, name: str, entry: Mapping[str, Any], data: bytes, at: int, base: int, depth: int) -> Node:
+        """One field, or one element of an array."""
+        size = entry["size"]
+        raw = data[at : at + size]
+        # A structure of its own, or (what QEMU makes up while it saves) the fields in the entry itself.
+        shape = entry.get("struct") or (entry if "fields" in entry else None)
+        if shape is not None:
+            children = self._structure(shape, data, at, at + size, base, depth + 1)
+            return _raw(name, raw, base + at) if children is None else Node(name, base + at, size, children=children)
+        layout = _INTEGERS.get(str(entry.get("type")))
+        if layout is None or struct.calcsize(layout) != size:
+            return _raw(name, raw, base + at)
         (value,) = struct.unpack(layout, raw)
-    return Node(name, base + at, size, value, explain("", "", value))
+        return Node(name, base + at, size, value, explain("", "", value))
+
+    def _may(self, count: int) -> bool:
+        """Whether ``count`` more nodes may be made; they are counted then."""
+        if count > self._left:
+            return False
+        self._left -= count
+        return True
+
+
+def _raw(name: str, data: bytes, offset: int) -> Node:
+    return Node(name, offset, len(data), data, explain("", "", data))
+
+
+def label(name: str) -> str:
+    """A name out of a vmdesc as it can be shown: it reaches terminals."""
+    return name if name.isascii() and name.isprintable() else ascii(name)[1:-1]

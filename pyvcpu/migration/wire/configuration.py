@@ -36,10 +36,9 @@ class Name(Field):
     def take(self, cursor: Cursor) -> str:
         start = cursor.offset
         raw = bytes(cursor.take(cursor.u8()))
-        try:
-            return raw.decode("ascii")
-        except UnicodeDecodeError:
-            raise cursor.error("a name is not ASCII", expected="ASCII", got=raw, offset=start) from None
+        if not raw.isascii() or not raw.decode("ascii").isprintable():
+            raise cursor.error("the name of a capability is not one", expected="printable ASCII", got=raw, offset=start)
+        return raw.decode("ascii")
 
     def size(self, values: Values | None) -> int:
         return 1 + len(values[self.name]) if values else 1

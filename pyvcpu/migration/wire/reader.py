@@ -56,6 +56,7 @@ from pyvcpu.migration.wire.records import (
     Vmdesc,
 )
 from pyvcpu.migration.wire.unknown import UnknownSections
+from pyvcpu.migration.wire.vmdesc import parse_vmdesc
 
 Data: TypeAlias = bytes | bytearray | memoryview
 Lookup: TypeAlias = Callable[[str, int], Description | None]
@@ -454,7 +455,7 @@ class StreamReader:
             )  # fmt: skip
         self._need(5 + length)
         text = bytes(self._buffer[self._pos + 5 : self._pos + 5 + length])
-        self._emit(self._checked(text, split.parse_vmdesc(text, self.offset + 5)))
+        self._emit(self._checked(text, parse_vmdesc(text, self.offset + 5)))
         self._state = self._end
 
     def _checked(self, text: bytes, description: dict[str, Any]) -> Vmdesc:

@@ -10,7 +10,6 @@ Of a stream that ended before its vmdesc, footers are all there is: a guess, and
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from collections.abc import Iterator
@@ -19,16 +18,15 @@ from typing import Any
 
 from pyvcpu.errors import MigrationError
 from pyvcpu.migration.wire.records import RecordType
+from pyvcpu.migration.wire.vmdesc import section_size
 
 MAX_CANDIDATES = 64
 """Places that look like the start of a vmdesc and are none; more are an attack."""
 
-MAX_DEPTH = 32
-
 CANDIDATE = 8
 """Bytes from EOF to the first two of the JSON."""
 
-_OPENING = re.compile(rb"\{[\s\"]")
+_CANDIDATE = re.compile(rb"\x00\x06(?=(.{4})\{[\s\"])", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -44,62 +42,6 @@ class RawSection:
     instance_id: int
     version_id: int
     by: str = "vmdesc"
-
-
-def parse_vmdesc(text: bytes, offset: int) -> dict[str, Any]:
-    """The JSON of a vmdesc that is byte ``offset`` of the stream; an empty one is allowed. MigrationError."""
-    if not text:
-        return {}
-    try:
-        description = json.loads(text)
-        if not isinstance(description, dict):
-            raise TypeError
-    except (ValueError, TypeError, RecursionError):
-        raise MigrationError(
-            "the description at the end of the stream is not a JSON object",
-            offset=offset,
-            section="vmdesc",
-            expected="JSON",
-            got=text[:60],
-        ) from None
-    return description
-
-
-def try_vmdesc(text: bytes | bytearray) -> dict[str, Any] | None:
-    """The JSON where this is a vmdesc that lists devices, else None."""
-    if text[-1] != ord("}"):
-        return None
-    try:
-        description = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    listed = isinstance(description, dict) and isinstance(description.get("devices"), list)
-    return description if listed else None
-
-
-def section_size(device: Any) -> int:
-    """Bytes of data of a section with this entry in the vmdesc's "devices". MigrationError where it does not say."""
-    return _size(device, 0)
-
-
-def _size(structure: Any, depth: int) -> int:
-    try:
-        total = 0
-        for field in structure["fields"]:
-            total += _count(field["size"]) * _count(field.get("array_len", 1))
-        for subsection in structure.get("subsections", ()):
-            total += 2 + len(subsection["vmsd_name"]) + 4
-            if depth < MAX_DEPTH:
-                total += _size(subsection, depth + 1)
-        return total
-    except (KeyError, TypeError, AttributeError):
-        raise MigrationError("the vmdesc does not say how long a section is", section="vmdesc") from None
-
-
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or not 0 <= value < 1 << 32:
-        raise MigrationError("a size in the vmdesc is impossible", section="vmdesc", expected="a u32", got=value)
-    return value
 
 
 def section_head(data: memoryview, pos: int) -> tuple[int, str, int, int, int] | None:
@@ -145,7 +87,11 @@ def split_by_vmdesc(data: memoryview, description: dict[str, Any], base: int) ->
             index += 1
         if index == len(devices):
             raise MigrationError("nobody knows this section, the vmdesc neither", offset=base + pos, section=key)
-        end = start + section_size(devices[index])
+        try:
+            end = start + section_size(devices[index])
+        except MigrationError as error:
+            error.offset, error.field = base + pos, key
+            raise
         index += 1
         footer = struct.pack(">BI", RecordType.SECTION_FOOTER, section_id)
         if bytes(data[end : end + 5]) != footer:
@@ -185,10 +131,7 @@ def split_by_footers(data: memoryview) -> list[RawSection]:
 
 def vmdesc_candidates(data: bytes | bytearray, start: int) -> Iterator[tuple[int, int]]:
     """(position of EOF, length of the JSON) of everything from ``start`` on that looks like EOF and vmdesc."""
-    pos = data.find(b"\x00\x06", start)
-    while pos >= 0:
-        if pos + CANDIDATE <= len(data):
-            length = int.from_bytes(data[pos + 2 : pos + 6], "big")
-            if length > 2 and _OPENING.match(data, pos + 6):
-                yield pos, length
-        pos = data.find(b"\x00\x06", pos + 1)
+    for found in _CANDIDATE.finditer(data, start):
+        length = int.from_bytes(found[1], "big")
+        if length > 2:
+            yield found.start(), length

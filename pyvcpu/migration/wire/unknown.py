@@ -13,6 +13,7 @@ from typing import Any
 
 from pyvcpu.errors import MigrationError
 from pyvcpu.migration.wire import split
+from pyvcpu.migration.wire.vmdesc import try_vmdesc
 
 
 class UnknownSections:
@@ -47,7 +48,7 @@ class UnknownSections:
             if end > len(self.data):
                 continue
             self._candidates.remove((at, length))
-            description = split.try_vmdesc(self.data[at + 6 : end])
+            description = try_vmdesc(self.data[at + 6 : end])
             if description is not None:
                 return at, description
             self._tried += 1

@@ -8,9 +8,11 @@ import struct
 import pytest
 
 from pyvcpu.errors import MigrationError
-from pyvcpu.migration.wire import split
+from pyvcpu.migration.vmstate.description import Description
+from pyvcpu.migration.vmstate.fields import U64
 from pyvcpu.migration.wire.reader import StreamReader
 from pyvcpu.migration.wire.records import Opaque, SectionFull, Vmdesc
+from pyvcpu.migration.wire.vmdesc import section_size
 from tests.unit.migration.wire.build import REGISTRY, own_stream, read
 
 ENVELOPE = b"QEVM\0\0\0\3" + b"\7\0\0\0\4none"
@@ -68,7 +70,7 @@ def test_sizes_from_the_description(entry):
 
 def test_subsections_count_with_their_head():
     entry = device(size(1), subsections=[{"vmsd_name": "a/b", "fields": [size(1)]}])
-    assert split.section_size(entry) == 1 + (1 + 1 + 3 + 4) + 1
+    assert section_size(entry) == 1 + (1 + 1 + 3 + 4) + 1
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,18 @@ def test_a_known_section_after_an_unknown_one_is_decoded_and_checked():
     with pytest.raises(MigrationError, match="newer than ours") as caught:
         read(bytes(newer))
     assert caught.value.section == "timer/0"
+
+
+@pytest.mark.parametrize("name", ["alien", "known"])
+def test_no_section_comes_twice_after_an_unknown_one_either(name):
+    """Neither the unknown one itself, nor one that was there before it."""
+    known = SECTION.replace(b"alien", b"known")
+    sections = SECTION + SECTION if name == "alien" else known + SECTION + known
+    entries = [device(size(8)), {**device(size(8)), "name": name}]
+    with pytest.raises(MigrationError, match="comes twice") as caught:
+        read(described(entries, sections), registry={("known", 0): Description("known", 1, [U64("x")])})
+    assert caught.value.section == f"{name}/0"
+    assert caught.value.offset == len(ENVELOPE) + len(sections) - len(SECTION)
 
 
 def test_without_a_description_it_never_ends_but_says_so():
