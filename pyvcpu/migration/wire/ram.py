@@ -88,21 +88,25 @@ class RamDecoder:
                 raise self.error(
                     "a page continues a block before any was named", offset, "flags", "a block's name", flags
                 )
-            return self._run(buffer, pos, base, flags)
+            return self._run(buffer, pos, base, flags, address)
         return self._named(buffer, pos, base, kind, address)
 
     # -- pages
 
-    def _run(self, buffer: memoryview, pos: int, base: int, flags: int) -> RamPages:
+    def _run(self, buffer: memoryview, pos: int, base: int, flags: int, address: int) -> RamPages:
         """As many pieces with the same flags as there are, at least one."""
         size = 8 + (PAGE_SIZE if flags == _WHOLE else 1)
         available = (len(buffer) - pos) // size
         if not available:
             raise NeedMore(size - (len(buffer) - pos))
+        assert self._block is not None
+        if available == 1 or _U64.unpack_from(buffer, pos + size)[0] & _FLAGS != flags:
+            # Whole pages and zero pages in turn: to handle an array of one costs more than the page.
+            return self._one(buffer, pos, base, pos + 8, self._block, address, size - 8)
         raw = np.frombuffer(buffer, np.uint8, available * size, pos).reshape(available, size)
         heads: list[npt.NDArray[np.uint64]] = []
         count, window = 0, 16
-        # Growing windows: a run of one is not paid for with a look at the whole buffer.
+        # Growing windows: a short run is not paid for with a look at the whole buffer.
         while count < available:
             some = np.ascontiguousarray(raw[count : count + window, :8]).view(">u8").reshape(-1)
             same = (some & np.uint64(_FLAGS)) == flags
@@ -115,7 +119,6 @@ class RamDecoder:
             count += len(some)
             window *= 4
         addresses = (np.concatenate(heads) & np.uint64(~_FLAGS & (1 << 64) - 1)).astype(np.uint64)
-        assert self._block is not None
         limit = self.blocks[self._block]
         outside = addresses >= np.uint64(limit)
         if outside.any():
@@ -141,18 +144,29 @@ class RamDecoder:
             raise self.error(
                 "a page is of a RAM block that was not listed", base + pos + 8, "block", sorted(self.blocks), name
             )
-        if address >= self.blocks[name]:
-            raise self._outside(base + pos, name, address)
         size = PAGE_SIZE if kind == RamFlag.PAGE else 1
+        page = self._one(buffer, pos, base, start, name, address, size)
+        self._block = name
+        return page
+
+    def _one(
+        self, buffer: memoryview, pos: int, base: int, start: int, block: str, address: int, size: int
+    ) -> RamPages:
+        """The piece at ``pos`` alone; its ``size`` bytes of data begin at ``start``."""
+        if address >= self.blocks[block]:
+            raise self._outside(base + pos, block, address)
         if len(buffer) - start < size:
             raise NeedMore(size - (len(buffer) - start))
-        self._block = name
         raw = np.frombuffer(buffer, np.uint8, size, start)
-        addresses = np.array([address], np.int64)
-        length = start + size - pos
-        if kind == RamFlag.PAGE:
-            return RamPages(base + pos, length, name, addresses, data=raw.reshape(1, PAGE_SIZE))
-        return RamPages(base + pos, length, name, addresses, fill=raw)
+        whole = size == PAGE_SIZE
+        return RamPages(
+            base + pos,
+            start + size - pos,
+            block,
+            np.array([address], np.int64),
+            data=raw.reshape(1, PAGE_SIZE) if whole else None,
+            fill=None if whole else raw,
+        )
 
     def _name(self, buffer: memoryview, pos: int, base: int) -> tuple[str, int]:
         """A block's name (u8 length) and where it ends."""

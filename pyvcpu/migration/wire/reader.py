@@ -31,14 +31,12 @@ from pyvcpu.migration.vmstate.cursor import Cursor, NeedMore, Span
 from pyvcpu.migration.vmstate.description import SUBSECTIONS, Description
 from pyvcpu.migration.vmstate.fields import Values
 from pyvcpu.migration.wire import checksums, split
+from pyvcpu.migration.wire.command import read_command
 from pyvcpu.migration.wire.configuration import CONFIGURATION, check_configuration
 from pyvcpu.migration.wire.ram import RAM_VERSION, Coverage, RamDecoder
 from pyvcpu.migration.wire.records import (
-    COMMAND_LENGTHS,
     MAGIC,
     STREAM_VERSION,
-    Command,
-    CommandType,
     Configuration,
     Eof,
     Footer,
@@ -297,28 +295,25 @@ class StreamReader:
         else:
             known = RecordType(kind).name if kind in RecordType._value2member_map_ else None
             raise MigrationError(
-                f"a record of type {known or 'unknown'} cannot stand here",
-                offset=self.offset,
-                expected="a section (01 to 04), a command (08) or the end (00)",
-                got=kind,
-            )
+                f"a record of type {known or 'unknown'} cannot stand here", offset=self.offset,
+                expected="a section (01 to 04), a command (08) or the end (00)", got=kind,
+            )  # fmt: skip
 
     def _head(self) -> tuple[int, str, int, int, int]:
         """(section id, name, instance id, version id, length of it all) of a START or FULL section."""
         self._need(6)
-        section_id, length = struct.unpack_from(">IB", self._buffer, self._pos + 1)
-        self._need(14 + length)
-        raw = bytes(self._buffer[self._pos + 6 : self._pos + 6 + length])
-        if not raw or not raw.isascii() or not raw.decode("ascii").isprintable():
+        self._need(14 + self._buffer[self._pos + 5])
+        head = split.section_head(self._buffer, self._pos)
+        if head is None:
+            end = self._pos + 6 + self._buffer[self._pos + 5]
             raise MigrationError(
                 "the name of a section is not one", offset=self.offset + 6, field="name",
-                expected="printable ASCII", got=raw,
+                expected="printable ASCII", got=bytes(self._buffer[self._pos + 6 : end]),
             )  # fmt: skip
-        instance_id, version_id = struct.unpack_from(">II", self._buffer, self._pos + 6 + length)
-        name = raw.decode("ascii")
+        section_id, name, instance_id, version_id, end = head
         if (name, instance_id) in self._seen:
             raise MigrationError("a section comes twice", offset=self.offset, section=f"{name}/{instance_id}")
-        return section_id, name, instance_id, version_id, 14 + length
+        return section_id, name, instance_id, version_id, end - self._pos
 
     def _section_full(self) -> None:
         section_id, name, instance_id, version_id, head = self._head()
@@ -346,12 +341,9 @@ class StreamReader:
         key = f"{name}/{instance_id}"
         if (name, instance_id) != (RAM_SECTION, 0):
             raise MigrationError(
-                "a section in several parts that nobody knows",
-                offset=self.offset,
-                section=key,
-                expected="ram/0",
-                got=key,
-            )
+                "a section in several parts that nobody knows", offset=self.offset, section=key,
+                expected="ram/0", got=key,
+            )  # fmt: skip
         if version_id != RAM_VERSION:
             raise MigrationError(
                 "RAM of another version", offset=self.offset + head - 4, section=key, field="version",
@@ -417,27 +409,7 @@ class StreamReader:
         self._state = self._record
 
     def _command(self) -> None:
-        self._need(5)
-        number, length = struct.unpack_from(">HH", self._buffer, self._pos + 1)
-        if number not in CommandType._value2member_map_:
-            raise MigrationError(
-                "an unknown command", offset=self.offset + 1, section="command", field="command",
-                expected="1 to 11", got=number,
-            )  # fmt: skip
-        command = CommandType(number)
-        if command not in COMMAND_LENGTHS:
-            raise MigrationError(
-                f"command {command.name}: known, not supported", offset=self.offset, section="command",
-                field="command", expected="a precopy stream", got=number,
-            )  # fmt: skip
-        if length != COMMAND_LENGTHS[command]:
-            raise MigrationError(
-                f"command {command.name} has another length", offset=self.offset + 3, section="command",
-                field="length", expected=COMMAND_LENGTHS[command], got=length,
-            )  # fmt: skip
-        self._need(5 + length)
-        payload = bytes(self._buffer[self._pos + 5 : self._pos + 5 + length])
-        self._emit(Command(self.offset, 5 + length, command, payload, self.crc))
+        self._emit(read_command(self._buffer, self._pos, self.offset, self.crc))
 
     def _vmdesc(self) -> None:
         self._need(1)
@@ -462,16 +434,15 @@ class StreamReader:
         """The last record, after everything was compared with the checksums in it."""
         assert self._eof is not None
         sums = checksums.unseal(text, description)
-        if sums is None and self.require_checksums:
+        if sums is not None:
+            checksums.verify(
+                sums, crc=self._eof.crc, length=self._eof.offset + 1, sections=self._sums, pages=self._pages,
+                check_pages=self._check_pages,
+            )  # fmt: skip
+        elif self.require_checksums:
             raise MigrationError(
                 "the stream has no checksums, and they were asked for", offset=self.offset, section="vmdesc",
                 field=checksums.KEY, expected="checksums", got=None,
-            )  # fmt: skip
-        if sums is not None:
-            pages = self._pages if self._check_pages else None
-            checksums.verify(
-                sums, crc=self._eof.crc, length=self._eof.offset + 1, sections=self._sums, pages=pages,
-                check_pages=self._check_pages,
             )  # fmt: skip
         return Vmdesc(self.offset, 5 + len(text), text, description, sums is not None)
 
@@ -503,11 +474,9 @@ class StreamReader:
                 self._command()
             full, footer = self._raw_records(data, raw, start)
             if (raw.name, raw.instance_id) in self._seen:
-                raise MigrationError(
-                    "a section comes twice", offset=full.offset, section=f"{raw.name}/{raw.instance_id}"
-                )
+                raise MigrationError("a section comes twice", offset=full.offset, section=full.key)
             self._seen.add((raw.name, raw.instance_id))
-            self._sums[f"{raw.name}/{raw.instance_id}"] = zlib.crc32(data[raw.start : raw.data_end]), full.offset
+            self._sums[full.key] = zlib.crc32(data[raw.start : raw.data_end]), full.offset
             self._emit(full)
             self._emit(footer)
         self._state = self._record
